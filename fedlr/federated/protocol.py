@@ -1,0 +1,157 @@
+"""What a federated algorithm is: a pair of pure functions, and the parts one can be made of.
+
+The clients are one pytree whose leaves have a leading client axis. Per-client functions (a local
+update, a compressor) are written for one client, without that axis; the round maps them.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+
+class ClientData(NamedTuple):
+    """Data of all clients, each leaf with a leading client axis.
+
+    Attributes:
+        inputs: Pytree of arrays (clients, ...): features, viewing angles, coordinates.
+        targets: Array (clients, ...): labels, sinograms, measurements.
+        mask: Bool, True = present. Its shape is a leading part of the shape of `targets`:
+            (clients, samples) for ragged sample counts, (clients, views) for ragged view counts,
+            or the full shape for single missing entries.
+    """
+
+    inputs: PyTree
+    targets: Array
+    mask: Bool[Array, "clients ..."]
+
+
+class FederatedState(NamedTuple):
+    """Everything a run carries from round to round; a plain pytree, so it can be saved.
+
+    Attributes:
+        params: What is being learned: one model, or one image for every client.
+        clients: Per-client state with a leading client axis (control variates, error feedback).
+        server: State of the server (optimizer moments, multipliers, step sizes).
+        round: Number of rounds done, int32 scalar. Round keys are folded in from it.
+    """
+
+    params: PyTree
+    clients: PyTree
+    server: PyTree
+    round: Int[Array, ""]
+
+
+class RoundInfo(NamedTuple):
+    """Record of one round, per cohort member in the order of the cohort.
+
+    Losses and metrics are those of the state that *entered* the round.
+
+    Attributes:
+        losses: Loss of every cohort member, shape (cohort,).
+        weights: Aggregation weights, shape (cohort,).
+        uplink_bytes: Exact bytes each member sent, int32, shape (cohort,).
+        downlink_bytes: Exact bytes each member received, int32, shape (cohort,).
+        metrics: Pytree of further arrays, as the algorithm documents.
+        evaluation: Result of the evaluation function of `rounds.with_evaluation`, or ().
+    """
+
+    losses: Float[Array, " cohort"]
+    weights: Float[Array, " cohort"]
+    uplink_bytes: Int[Array, " cohort"]
+    downlink_bytes: Int[Array, " cohort"]
+    metrics: PyTree = ()
+    evaluation: PyTree = ()
+
+
+class Init(Protocol):
+    """Make the state a run starts from."""
+
+    def __call__(
+        self, params: PyTree, clients: PyTree, *, key: Key[Array, ""]
+    ) -> FederatedState: ...
+
+
+class Round(Protocol):
+    """Do one round with the clients named by `cohort`, int (cohort,) of static length."""
+
+    def __call__(
+        self,
+        state: FederatedState,
+        clients: PyTree,
+        cohort: Int[Array, " cohort"],
+        *,
+        key: Key[Array, ""],
+    ) -> tuple[FederatedState, RoundInfo]: ...
+
+
+class FederatedAlgorithm(NamedTuple):
+    """A federated algorithm: `init` makes a state, `round` advances it. Both are pure."""
+
+    init: Init
+    round: Round
+
+
+class LocalUpdate(Protocol):
+    """What ONE client does: `(params, client_state, data, *, key) -> (update, state, metrics)`.
+
+    `update` has the structure of `params` and is a difference: new minus received. `metrics` is a
+    pytree of scalars with at least a field or key `loss`, the loss at the received `params`.
+    """
+
+    def __call__(
+        self, params: PyTree, client_state: PyTree, data: PyTree, *, key: Key[Array, ""]
+    ) -> tuple[PyTree, PyTree, Any]: ...
+
+
+class Compressor(NamedTuple):
+    """How ONE client encodes its update.
+
+    Attributes:
+        init: `(update) -> state`, per-client memory such as error feedback or effective ranks.
+        compress: `(update, state, *, key) -> (message, state)`; the message is a pytree.
+        decompress: `(message) -> update`.
+    """
+
+    init: Any
+    compress: Any
+    decompress: Any
+
+
+class Fold(NamedTuple):
+    """How a linear aggregator sums messages as they come, so that no stack is ever kept.
+
+    Attributes:
+        init: `(update) -> carry` of zeros.
+        add: `(carry, messages, weights, *, decompress) -> carry` for a chunk with leading axis.
+        finish: `(carry) -> update`.
+    """
+
+    init: Any
+    add: Any
+    finish: Any
+
+
+class Aggregator(NamedTuple):
+    """How the server joins the *messages* of a cohort (leading axis) into one update.
+
+    Attributes:
+        init: `(params) -> state`.
+        aggregate: `(messages, weights, state, *, decompress) -> (update, state)`.
+        fold: A `Fold` where the aggregate is a linear running sum, else None.
+    """
+
+    init: Any
+    aggregate: Any
+    fold: Fold | None = None
+
+
+class ServerUpdate(NamedTuple):
+    """How the server moves its params.
+
+    Attributes:
+        init: `(params) -> state`.
+        apply: `(params, update, state, *, key) -> (params, state)`.
+    """
+
+    init: Any
+    apply: Any
