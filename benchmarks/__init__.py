@@ -1,0 +1,1 @@
+"""The papers' experiments, and speed beside the peers: `python -m benchmarks NAME`."""
