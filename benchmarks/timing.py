@@ -34,7 +34,8 @@ def measure(
     """Time functions without arguments in turns, so that a slow spell of the machine hits all.
 
     Args:
-        functions: What to time, by name. JAX results are waited for; other results are ready.
+        functions: What to time, by name. JAX results are waited for. What a compiled function
+            works on must be its argument (`lambda: compiled(x)`): a constant may be folded away.
         repeats: Number of timed calls of each.
         warmup: Number of untimed calls of each beforehand, which take the compilation.
 

@@ -8,6 +8,20 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+__all__ = [
+    "Aggregator",
+    "ClientData",
+    "Compressor",
+    "FederatedAlgorithm",
+    "FederatedState",
+    "Fold",
+    "Init",
+    "LocalUpdate",
+    "Round",
+    "RoundInfo",
+    "ServerUpdate",
+]
+
 
 class ClientData(NamedTuple):
     """Data of all clients, each leaf with a leading client axis.
@@ -85,7 +99,12 @@ class Round(Protocol):
 
 
 class FederatedAlgorithm(NamedTuple):
-    """A federated algorithm: `init` makes a state, `round` advances it. Both are pure."""
+    """A federated algorithm, a pair of pure functions.
+
+    Attributes:
+        init: `(params, clients, *, key) -> state`, see `Init`.
+        round: `(state, clients, cohort, *, key) -> (state, info)`, see `Round`.
+    """
 
     init: Init
     round: Round

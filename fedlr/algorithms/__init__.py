@@ -1,0 +1,1 @@
+"""Published algorithms, one file each, with `build(...)` returning a `FederatedAlgorithm`."""
