@@ -25,6 +25,11 @@ from fedlr import _checks, _precision
 
 __all__ = ["fold", "gram", "khatri_rao", "mode_dot", "mttkrp", "multi_mode_dot", "unfold"]
 
+# A product with a middle mode is a batch of small products, eight times faster on a CPU than a
+# permuted copy and one product (2 against 15 ms at 200 x 200 x 200, J = 10, float32), unless their
+# inner rows are shorter than this (42 against 19 ms at 10000 x 200 x 4).
+_NARROW = 16
+
 
 def unfold(x: Shaped[Array, "..."], mode: int) -> Shaped[Array, "rows columns"]:
     """Unfold a tensor along one mode.
@@ -274,7 +279,8 @@ def gram(x: Float[Array, "..."], mode: int) -> Float[Array, "rows rows"]:
     Args:
         x: Tensor of N >= 1 modes, float32 or float64.
         mode: The mode that stays; *static*. A middle mode costs a permuted copy of `x`, which is
-            still cheaper than a sum of many small products.
+            still cheaper than a sum of many small products (22 against 35 to 70 ms for 200^3).
+            Computing one triangle by blocks saves a quarter of the operations but no time on a CPU.
 
     Returns:
         Symmetric matrix (I_mode, I_mode).
@@ -304,7 +310,11 @@ def _mode_dot(x: Array, matrix: Array, mode: int) -> Array:
         return (matrix @ x.reshape(x.shape[0], -1)).reshape(-1, *after)
     if mode == x.ndim - 1:
         return (x.reshape(-1, x.shape[-1]) @ matrix.T).reshape(*before, -1)
-    blocks = x.reshape(math.prod(before), x.shape[mode], math.prod(after))
+    width = math.prod(after)
+    if width < _NARROW:
+        product = matrix @ unfold(x, mode)
+        return jnp.moveaxis(product.reshape(-1, *before, *after), 0, mode)
+    blocks = x.reshape(math.prod(before), x.shape[mode], width)
     stacked = jnp.broadcast_to(matrix, (blocks.shape[0], *matrix.shape))
     return jnp.matmul(stacked, blocks).reshape(*before, matrix.shape[0], *after)
 
@@ -321,16 +331,18 @@ def _priority(mode: int, ndim: int, size: int, new_size: int) -> tuple[int, floa
 def _side(shape: tuple[int, ...], mode: int) -> tuple[int, int]:
     """Choose the run of end modes that `mttkrp` contracts first, as (start, stop).
 
-    Among all runs of first or last modes without `mode`, the one with the smallest sum of
-    Khatri-Rao rows and partial rows; of equals the shortest run, which comes last in the lists.
+    Of all runs of first or last modes without `mode` the one with the least memory, which is that
+    of the Khatri-Rao product and of what the contraction leaves. Among equals first modes before
+    last ones, few of the first (2.2 against 3.9 ms for 200 x 200 x 200 at rank 10, float32, CPU)
+    and many of the last (2.3 against 3.6 ms).
     """
     ndim, total = len(shape), math.prod(shape)
-    runs = [(0, stop) for stop in range(mode, 0, -1)]
+    runs = [(0, stop) for stop in range(1, mode + 1)]
     runs += [(start, ndim) for start in range(mode + 1, ndim)]
 
-    def memory(run: tuple[int, int]) -> tuple[int, int]:
+    def memory(run: tuple[int, int]) -> int:
         rows = math.prod(shape[run[0] : run[1]])
-        return rows + total // max(rows, 1), run[1] - run[0]
+        return rows + total // max(rows, 1)
 
     return min(runs, key=memory)
 
