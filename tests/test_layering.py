@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "_checks": 0,
     "_precision": 0,
+    "_joseph": 1,
     "convolution": 1,
     "iteration": 1,
     "masking": 1,
@@ -42,7 +43,7 @@ FLOORS = {
     "algorithms.fedavg": 8,
     "algorithms.fedloru": 8,
     "algorithms.firm": 8,
-    "algorithms.single_client": 8,
+    "algorithms.local_only": 8,
     "__main__": 9,
 }
 PACKAGES = {"", "federated", "algorithms"}
