@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "_checks": 0,
     "_precision": 0,
+    "_fourier": 1,
     "_joseph": 1,
     "convolution": 1,
     "iteration": 1,

@@ -20,7 +20,7 @@ for path in folder.rglob("*.py"):
     if parts[-1] not in ("__init__", "__main__"):
         importlib.import_module(".".join(("fedlr", *parts)))
 if before is not None:
-    changed = {name for name, value in jax.config.values.items() if before[name] != value}
+    changed = {name for name, value in before.items() if jax.config.values[name] != value}
     assert not changed, changed
 """
 
