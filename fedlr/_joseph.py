@@ -18,7 +18,7 @@ Transactions on Medical Imaging 1(3), 1982.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["backproject", "lengths", "project", "project_view"]
+__all__ = ["backproject", "interpolate", "project", "project_view"]
 
 PAD = 2  # zeros on either side of a line; positions outside it are clipped to them
 
@@ -38,11 +38,6 @@ def _march(angles, shape):
     center = jnp.where(swapped, down, across).astype(angles.dtype)
     center_line = jnp.where(swapped, across, down).astype(angles.dtype)
     return swapped, 1 / jnp.abs(steep), per_bin, per_line, center, center_line
-
-
-def lengths(angles):
-    """Length of a ray within one image line, 1/|p|."""
-    return 1 / jnp.maximum(jnp.abs(jnp.cos(angles)), jnp.abs(jnp.sin(angles)))
 
 
 def _centered(count, dtype):
@@ -120,14 +115,10 @@ def project(images, angles, num_bins, unroll):
     return total * length[..., None, None]
 
 
-def backproject(sinograms, angles, length, shape, unroll):
-    """Smear sinograms (groups, views, bins, batch) along angles (groups, views).
+def _smear(sinograms, angles, shape, unroll, weigh):
+    """Sum two weighted bins of every view into each pixel, one view of every group per step.
 
-    With `length` = 1/|p| this is the transpose of `project`; with `length` = 1 it interpolates the
-    sinogram linearly, as filtered backprojection likes it. One view of every group per step.
-
-    Returns:
-        Images (groups, rows, columns, batch).
+    `weigh(index, weight, length)` turns positions into the weights of the bins at and after them.
     """
     groups, _, num_bins, batch = sinograms.shape
     dtype, (rows, columns) = sinograms.dtype, shape
@@ -137,22 +128,52 @@ def backproject(sinograms, angles, length, shape, unroll):
     x = jnp.cos(angles)[..., None] * _centered(columns, dtype)
     y = jnp.sin(angles)[..., None] * -_centered(rows, dtype)
     slab = jnp.arange(groups, dtype=center.dtype)[:, None, None]
-    views = jnp.pad(sinograms * length[..., None, None], ((0, 0), (0, 0), (PAD, PAD), (0, 0)))
+    views = jnp.pad(sinograms, ((0, 0), (0, 0), (PAD, PAD), (0, 0)))
 
     def add_view(total, view):
         content, across, down, length = view
         index, weight = decode(across[:, None, :] + down[:, :, None] + center)
+        weight_left, weight_right = weigh(index - PAD, weight, length[:, None, None])
         index = jnp.clip(index, 0, num_bins + PAD) + slab * width
         left, right = _two_taps(content.reshape(groups * width, batch), index)
-        length = length[:, None, None]
-        weight_left = jnp.maximum(1 - weight * length, 0)[..., None]
-        weight_right = jnp.maximum(1 - length + weight * length, 0)[..., None]
-        return total + (weight_left * left + weight_right * right), None
+        return total + (weight_left[..., None] * left + weight_right[..., None] * right), None
 
     total = jnp.zeros((groups, rows, columns, batch), dtype)
+    length = 1 / jnp.maximum(jnp.abs(jnp.cos(angles)), jnp.abs(jnp.sin(angles)))
     per_view = (views, encode(x), encode(y), length)
     per_view = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), per_view)
     return jax.lax.scan(add_view, total, per_view, unroll=unroll)[0]
+
+
+def backproject(sinograms, angles, shape, unroll):
+    """Transpose `project`: sinograms (groups, views, bins, batch), angles (groups, views).
+
+    Returns:
+        Images (groups, rows, columns, batch).
+    """
+
+    def weigh(index, weight, length):
+        del index
+        left = jnp.maximum(1 - weight * length, 0) * length
+        return left, jnp.maximum(1 - length + weight * length, 0) * length
+
+    return _smear(sinograms, angles, shape, unroll, weigh)
+
+
+def interpolate(sinograms, angles, shape, unroll):
+    """Sum the linear interpolation of every view, zero off the detector; shapes of `backproject`.
+
+    Returns:
+        Images (groups, rows, columns, batch).
+    """
+    last = sinograms.shape[2] - 1
+
+    def weigh(index, weight, length):
+        del length
+        on_detector = (index >= 0) & (index.astype(weight.dtype) + weight <= last)
+        return jnp.where(on_detector, 1 - weight, 0), jnp.where(on_detector, weight, 0)
+
+    return _smear(sinograms, angles, shape, unroll, weigh)
 
 
 def project_view(image, angle, num_bins):

@@ -13,6 +13,7 @@ FLOORS = {
     "_precision": 0,
     "_fourier": 1,
     "_joseph": 1,
+    "_operators": 1,
     "convolution": 1,
     "iteration": 1,
     "masking": 1,
