@@ -1,0 +1,159 @@
+"""How a cohort is mapped: chunks of vmapped clients, one after the other.
+
+A chunk of one client is a plain scan, which is the fastest on CPU; a chunk that holds the whole
+cohort is a plain vmap. In between, memory grows with the chunk and not with the cohort.
+
+Chunk number j of a cohort of M clients in B chunks holds the clients ``j, j + B, j + 2 B, ...``.
+With the client axis spread over devices in contiguous blocks, every chunk then has clients of
+every device, and no row has to move (chunk size a multiple of the number of devices).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from fedlr import _checks
+
+__all__ = ["default_chunk_size", "fold_clients", "map_clients"]
+
+
+def default_chunk_size() -> int:
+    """Return the chunk size used where the caller sets none: 1 on CPU, 64 on accelerators.
+
+    On CPU the scan over single clients was measured faster than vmap at every cohort size.
+
+    Example:
+        >>> from fedlr.federated import execution
+        >>> execution.default_chunk_size() >= 1
+        True
+    """
+    return 1 if jax.default_backend() == "cpu" else 64
+
+
+def map_clients(
+    function: Callable[..., PyTree], *args: PyTree, chunk_size: int | None = None
+) -> PyTree:
+    """Apply a function of one client to a cohort and stack the results.
+
+    Args:
+        function: Function of one client: the arguments without their leading axis.
+        *args: Pytrees with leading axis (cohort,).
+        chunk_size: Clients worked on at once, *static*; None takes `default_chunk_size`.
+
+    Returns:
+        The results, stacked along a leading axis (cohort,). This memory grows with the cohort.
+
+    Raises:
+        ValueError: If the leading axes differ or the chunk size is not a positive integer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import execution
+        >>> execution.map_clients(lambda x: x.sum(), jnp.ones((3, 4)), chunk_size=2)
+        Array([4., 4., 4.], dtype=float32)
+    """
+    return _map_chunks("map_clients", lambda *rows: (None, function(*rows)), args, chunk_size)[1]
+
+
+def fold_clients(
+    function: Callable[..., tuple[PyTree, PyTree]],
+    add: Callable[[Any, PyTree, Float[Array, " chunk"]], Any],
+    carry: Any,
+    weights: Float[Array, " cohort"],
+    *args: PyTree,
+    chunk_size: int | None = None,
+) -> tuple[Any, PyTree]:
+    """Apply a function of one client to a cohort and sum its messages as they come.
+
+    No stack of messages is kept: temporary memory grows with the chunk, not with the cohort. A
+    last chunk that is not full is padded with repeated clients of weight zero.
+
+    Args:
+        function: Function of one client ``(*rows) -> (message, output)``.
+        add: ``(carry, messages, weights) -> carry`` for a chunk with leading axis.
+        carry: Value to start from.
+        weights: Weight of every client, shape (cohort,).
+        *args: Pytrees with leading axis (cohort,).
+        chunk_size: Clients worked on at once, *static*; None takes `default_chunk_size`.
+
+    Returns:
+        The last carry, and the outputs stacked along a leading axis (cohort,).
+
+    Raises:
+        ValueError: If the leading axes differ or the chunk size is not a positive integer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import execution
+        >>> total, doubled = execution.fold_clients(
+        ...     lambda x: (x, 2 * x),
+        ...     lambda carry, messages, weights: carry + jnp.sum(weights * messages),
+        ...     jnp.float32(0.0),
+        ...     jnp.array([1.0, 0.0, 1.0]),
+        ...     jnp.array([1.0, 2.0, 3.0]),
+        ...     chunk_size=2,
+        ... )
+        >>> total, doubled
+        (Array(4., dtype=float32), Array([2., 4., 6.], dtype=float32))
+    """
+
+    def one(_, *rows):
+        return function(*rows)
+
+    def fold(carry, messages, chunk_weights):
+        return add(carry, messages, chunk_weights)
+
+    return _map_chunks("fold_clients", one, (weights, *args), chunk_size, fold=fold, carry=carry)
+
+
+def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
+    """Scan over chunks of vmapped clients; `fold` joins messages with the first argument."""
+    chunk_size = default_chunk_size() if chunk_size is None else chunk_size
+    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(args)}
+    if len(lengths) != 1:
+        raise _checks.fail(name, f"leading axes {sorted(lengths)}", "one cohort length")
+    length = lengths.pop()
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise _checks.fail(name, f"chunk_size {chunk_size!r}", "a positive integer")
+    chunk = min(chunk_size, length)
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
+    args = jax.tree.map(jnp.asarray, args)
+    if padding:
+        weights = jax.tree.map(lambda leaf: _pad(leaf, padding, repeat=fold is None), args[0])
+        args = (weights, *jax.tree.map(lambda leaf: _pad(leaf, padding, repeat=True), args[1:]))
+
+    def step(carry, rows):
+        if chunk == 1:
+            message, output = function(*jax.tree.map(lambda leaf: leaf[0], rows))
+            message, output = jax.tree.map(lambda leaf: leaf[None], (message, output))
+        else:
+            message, output = jax.vmap(function)(*rows)
+        return carry if fold is None else fold(carry, message, rows[0]), output
+
+    if num_chunks == 1:
+        return step(carry, args)
+    args = jax.tree.map(lambda leaf: leaf.reshape(chunk, num_chunks, *leaf.shape[1:]), args)
+
+    def body(carry, j):
+        rows = jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, j, axis=1, keepdims=False), args
+        )
+        return step(carry, rows)
+
+    carry, outputs = lax.scan(body, carry, jnp.arange(num_chunks, dtype=jnp.int32))
+    outputs = jax.tree.map(
+        lambda leaf: leaf.swapaxes(0, 1).reshape(num_chunks * chunk, *leaf.shape[2:])[:length],
+        outputs,
+    )
+    return carry, outputs
+
+
+def _pad(leaf, padding, *, repeat):
+    """Append rows: the first one repeated, or zeros."""
+    filler = jnp.repeat(leaf[:1], padding, axis=0) if repeat else jnp.zeros_like(leaf[:padding])
+    return jnp.concatenate([leaf, filler])

@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlr.federated import execution
+
+
+def weigh(x, y):
+    return x * y, (jnp.sum(x), y)
+
+
+def add(carry, messages, weights):
+    return carry + jnp.sum(messages * weights[:, None], axis=0)
+
+
+@pytest.fixture
+def cohort(rng):
+    return rng.normal(size=(5, 3)), rng.normal(size=5), rng.uniform(size=5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 8])
+def test_every_chunk_size_maps_and_folds_the_same(cohort, chunk_size):
+    x, y, weights = cohort
+    total, (sums, ys) = jax.jit(
+        lambda *args: execution.fold_clients(weigh, add, jnp.zeros(3), *args, chunk_size=chunk_size)
+    )(weights, x, y)
+    np.testing.assert_allclose(total, (weights * y) @ x, rtol=1e-14)
+    np.testing.assert_allclose(sums, x.sum(axis=1), rtol=1e-14)
+    np.testing.assert_array_equal(ys, y)
+    messages, outputs = execution.map_clients(weigh, x, y, chunk_size=chunk_size)
+    np.testing.assert_allclose(messages, x * y[:, None], rtol=1e-14)
+    np.testing.assert_allclose(outputs[0], sums, rtol=1e-14)
+
+
+def test_one_client_alone_is_traced_without_a_batch_axis(cohort):
+    shapes = []
+
+    def record(x):
+        shapes.append(x.shape)
+        return x
+
+    def count_equations(chunk_size):
+        return str(
+            jax.make_jaxpr(lambda x: execution.map_clients(record, x, chunk_size=chunk_size))(
+                cohort[0]
+            )
+        )
+
+    assert "scan" in count_equations(1)
+    assert "scan" in count_equations(2)
+    assert "scan" not in count_equations(5)
+    assert set(shapes) == {(3,)}
+
+
+def test_temporary_memory_of_a_fold_does_not_grow_with_the_cohort():
+    def temporary_bytes(size):
+        fold = jax.jit(
+            lambda seeds: execution.fold_clients(
+                lambda seed: (jnp.sin(jnp.arange(10_000.0) * seed), ()),
+                add,
+                jnp.zeros(10_000),
+                jnp.ones(size),
+                seeds,
+                chunk_size=1,
+            )[0]
+        )
+        compiled = fold.lower(jax.ShapeDtypeStruct((size,), jnp.float64)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2), temporary_bytes(64)
+    assert large < small + 10_000
+
+
+def test_wrong_chunks_and_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"map_clients: got chunk_size 0, expected a positive"):
+        execution.map_clients(jnp.sum, jnp.zeros(3), chunk_size=0)
+    with pytest.raises(ValueError, match=r"map_clients: got leading axes \[2, 3\]"):
+        execution.map_clients(jnp.add, jnp.zeros(3), jnp.zeros(2))
+
+
+def test_default_chunk_is_one_client_on_cpu():
+    assert execution.default_chunk_size() == (1 if jax.default_backend() == "cpu" else 64)
