@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlr.federated import coupling, local, protocol, stopping
+
+
+def record(residual_norms):
+    residual_norms = jnp.asarray(residual_norms)
+    zeros = jnp.zeros(residual_norms.shape, jnp.int32)
+    metrics = local.ReconstructionMetrics(residual_norms**2 / 2, residual_norms)
+    return protocol.RoundInfo(metrics.loss, jnp.ones(zeros.shape), zeros, zeros, metrics)
+
+
+def play(rule, history):
+    """Feed a history of residual norms to a rule and list its answers."""
+    memory, answers = rule.init(), []
+    for residual_norms in history:
+        stop, memory = rule.update(record(residual_norms), memory)
+        answers.append(bool(stop))
+    return answers
+
+
+def test_pooled_rule_compares_sums_of_squares():
+    noise, counts = jnp.array([0.1, 0.2]), jnp.array([100.0, 50.0])
+    limit = 100 * 0.1**2 + 50 * 0.2**2
+    stop = stopping.discrepancy(noise, counts)
+    # One client above its own level is made good by the other.
+    assert bool(stop(record([np.sqrt(limit - 1e-6), 0.0])))
+    assert not bool(stop(record([np.sqrt(limit - 0.5), 0.8])))
+    assert bool(stopping.discrepancy(noise, counts, kappa=1.1)(record([np.sqrt(limit), 0.1])))
+
+
+def test_every_client_has_to_be_below_its_own_level():
+    stop = stopping.every_client(jnp.array([1.0, 2.0]))
+    assert bool(stop(record([1.0, 2.0])))
+    assert not bool(stop(record([0.5, 2.1])))
+
+
+def test_noise_at_its_true_level_is_accepted(rng):
+    noise, targets = np.array([0.1, 0.3]), np.zeros((2, 40, 30))
+    residuals = noise[:, None, None] * rng.normal(size=targets.shape)
+    data = protocol.ClientData((), jnp.asarray(targets), jnp.ones((2, 40), bool))
+    counts = stopping.num_measurements(data)
+    info = record(np.sqrt((residuals**2).sum(axis=(1, 2))))
+    assert bool(stopping.discrepancy(noise, counts, kappa=1.05)(info))
+    assert bool(stopping.every_client(stopping.noise_thresholds(noise, counts))(info))
+    low = stopping.noise_thresholds(noise, counts, factor=0.9)
+    assert not bool(stopping.every_client(low)(info))
+
+
+def test_measurements_are_counted_and_levels_taken_where_the_mask_shows_them():
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    targets = jnp.arange(30.0).reshape(2, 3, 5)
+    data = protocol.ClientData((), targets, mask)
+    np.testing.assert_array_equal(stopping.num_measurements(data), [10, 5])
+    expected = 0.1 * np.array([9 * np.sqrt(10), 19 * np.sqrt(5)])
+    np.testing.assert_allclose(stopping.noisy_maximum_thresholds(data, 0.1), expected, rtol=1e-14)
+
+
+def test_background_bins_show_the_noise_through_mask_and_offset(rng):
+    levels = np.array([0.1, 0.5])
+    sinogram = 3.0 + levels[:, None, None] * rng.normal(size=(2, 300, 40))
+    sinogram[:, :, 12:-12] += 100.0
+    mask = rng.uniform(size=(2, 300)) < 0.8
+    sinogram[~mask] = np.nan
+    found = stopping.edge_noise_levels(protocol.ClientData((), sinogram, mask))
+    # The standard error of the scaled MAD of n normal numbers is about 1.17 s / sqrt(n).
+    np.testing.assert_allclose(found, levels, rtol=5 * 1.17 / np.sqrt(0.8 * 300 * 24))
+    with pytest.raises(ValueError, match=r"edge_noise_levels: got num_bins 21, expected"):
+        stopping.edge_noise_levels(protocol.ClientData((), sinogram, mask), num_bins=21)
+
+
+def test_stagnation_waits_for_rounds_without_progress():
+    rule = stopping.stagnation(tolerance=0.1, patience=2)
+    history = [[4.0], [2.0], [1.99], [1.5], [1.49], [1.48], [1.0]]
+    assert play(rule, history) == [False, False, False, False, False, True, False]
+
+
+def test_any_rule_of_several_stops():
+    rule = stopping.any_of(stopping.every_client(jnp.array([1.0])), stopping.stagnation(patience=1))
+    assert play(rule, [[4.0], [3.0], [0.5]]) == [False, False, True]
+    assert play(rule, [[4.0], [4.0]]) == [False, True]
+    with pytest.raises(ValueError, match=r"any_of: got no rule"):
+        stopping.any_of()
+
+
+def test_rules_read_the_metrics_of_coupled_rounds_too():
+    info = record([1.0, 2.0])
+    coupled = info._replace(metrics=coupling.CoupledMetrics(jnp.array([1.0, 2.0]), jnp.zeros(2)))
+    stop = jax.jit(stopping.every_client(jnp.array([1.5, 2.5])))
+    assert bool(stop(coupled))
+    assert bool(stop(info))
+
+
+def test_records_that_do_not_fit_are_refused():
+    stop = stopping.every_client(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"every_client: got residual_norm of shape \(2,\)"):
+        stop(record([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"discrepancy: got metrics of type tuple"):
+        stopping.discrepancy(jnp.ones(2), jnp.ones(2))(record([1.0, 2.0])._replace(metrics=()))
+    for build in (stopping.discrepancy, stopping.noise_thresholds):
+        with pytest.raises(ValueError, match=r"got measurements of shape \(3,\)"):
+            build(jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"num_measurements: got mask of shape \(2, 4\)"):
+        stopping.num_measurements(
+            protocol.ClientData((), jnp.zeros((2, 3)), jnp.ones((2, 4), bool))
+        )
