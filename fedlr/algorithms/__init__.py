@@ -1,1 +1,5 @@
-"""Published algorithms, one file each, with `build(...)` returning a `FederatedAlgorithm`."""
+"""Federated algorithms, one file per paper, each with `build(...)`."""
+
+from fedlr.algorithms import comp_jf, fedavg, firm, local_only
+
+__all__ = ["comp_jf", "fedavg", "firm", "local_only"]

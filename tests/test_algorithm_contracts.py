@@ -1,0 +1,309 @@
+"""What every federated algorithm promises. A new algorithm is one more line in `CASES`."""
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from fedlr import federated
+from fedlr.algorithms import fedavg, local_only
+from fedlr.federated import clients, compressors, local, protocol, servers
+
+NUM_CLIENTS = 4
+DATA_SHAPES = {"samples": 5, "features": (3, 2)}
+
+
+class Case(NamedTuple):
+    """An algorithm and what may be expected of it.
+
+    build: `(chunk_size) -> algorithm`.
+    params: `(dtype) -> params` given to `init`.
+    sent: Bytes a client sends and receives in a round, float32.
+    partial: Whether a cohort may leave clients out.
+    symmetric: Whether permuted clients give the permuted result (no randomness per client).
+    observe: `(state) -> pytree` of what is determined up to rounding (no signs of factors).
+    """
+
+    build: Callable[[int | None], protocol.FederatedAlgorithm]
+    params: Callable[[Any], Any]
+    sent: tuple[int, int]
+    partial: bool = True
+    symmetric: bool = True
+    observe: Callable[[protocol.FederatedState], Any] = lambda state: state
+
+
+def forward(image, inputs):
+    return jnp.sum(inputs * image[None], axis=(1, 2))
+
+
+def squared_error(weights, inputs, target):
+    return (jnp.sum(weights * inputs) - target) ** 2 / 2
+
+
+def zeros(dtype):
+    return jnp.zeros(DATA_SHAPES["features"], dtype)
+
+
+def sgd(**options):
+    return local.local_sgd(squared_error, optax.sgd(0.1), **options)
+
+
+CASES = {
+    "fedavg": Case(lambda chunk: fedavg.build(sgd(num_steps=2), chunk_size=chunk), zeros, (24, 24)),
+    "fedavg_adam_batches": Case(
+        lambda chunk: fedavg.build(
+            sgd(num_steps=2, batch_size=2),
+            server=servers.from_optax(optax.adam(0.1)),
+            chunk_size=chunk,
+        ),
+        zeros,
+        (24, 24),
+        symmetric=False,
+    ),
+    "fedavg_low_rank": Case(
+        lambda chunk: fedavg.build(
+            sgd(num_steps=2), compressor=compressors.truncated_tucker((1, 1)), chunk_size=chunk
+        ),
+        zeros,
+        (4 * (1 + 3 + 2), 24),
+    ),
+    "local_only": Case(
+        lambda chunk: local_only.build(
+            local.projected_gradient(forward, step_size=0.05), chunk_size=chunk
+        ),
+        zeros,
+        (0, 0),
+    ),
+}
+
+
+def make_clients(dtype=jnp.float32, garbage=0.0):
+    """Ragged clients, whose masked entries hold `garbage`."""
+    rng = np.random.default_rng(0)
+    samples, features = DATA_SHAPES["samples"], DATA_SHAPES["features"]
+    mask = np.arange(samples) < np.array([5, 2, 4, 3])[:, None]
+    inputs = rng.normal(size=(NUM_CLIENTS, samples, *features))
+    targets = rng.normal(size=(NUM_CLIENTS, samples))
+    return protocol.ClientData(
+        jnp.asarray(np.where(mask[:, :, None, None], inputs, garbage), dtype),
+        jnp.asarray(np.where(mask, targets, garbage), dtype),
+        jnp.asarray(mask),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="algorithm")
+def advance(algorithm, state, data, cohort, *, key):
+    return algorithm.round(state, data, cohort, key=key)
+
+
+@functools.partial(jax.jit, static_argnames="algorithm")
+def run(algorithm, params, data, *, key):
+    """Start and do two rounds with everyone."""
+    state = algorithm.init(params, data, key=jax.random.key(0))
+    return federated.run(algorithm, state, data, num_rounds=2, key=key)
+
+
+class Setting(NamedTuple):
+    """A case with its algorithm built once, so that the tests share compiled functions."""
+
+    case: Case
+    algorithm: protocol.FederatedAlgorithm
+    params: Any
+    data: protocol.ClientData
+    start: protocol.FederatedState
+
+
+@pytest.fixture(scope="module", params=CASES)
+def setting(request):
+    case, data = CASES[request.param], make_clients()
+    algorithm, params = case.build(1), case.params(jnp.float32)
+    start = algorithm.init(params, data, key=jax.random.key(0))
+    return Setting(case, algorithm, params, data, start)
+
+
+def everyone():
+    return jnp.arange(NUM_CLIENTS)
+
+
+def kinds(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def assert_close(a, b):
+    # Some ten sums of about ten numbers, each in another order.
+    eps = jnp.finfo(jnp.float32).eps
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=100 * eps, atol=100 * eps), a, b
+    )
+
+
+def assert_same_run(case, a, b):
+    """Compare what two runs `(state, infos)` determine."""
+    assert_close((case.observe(a[0]), a[1]), (case.observe(b[0]), b[1]))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_signatures_have_the_agreed_names(setting):
+    expected = {
+        "init": (["params", "clients"], ["key"]),
+        "round": (["state", "clients", "cohort"], ["key"]),
+    }
+    for name, (positional, keywords) in expected.items():
+        parameters = inspect.signature(getattr(setting.algorithm, name)).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+        assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == keywords
+        assert all(p.default is p.empty for p in parameters)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_round_preserves_structure_shapes_and_dtypes_of_the_state(setting, dtype):
+    data, params = make_clients(dtype), setting.case.params(dtype)
+    key = jax.random.key(0)
+    start = jax.eval_shape(setting.algorithm.init, params, data, key=key)
+    state, info = jax.eval_shape(setting.algorithm.round, start, data, everyone(), key=key)
+    assert kinds(state) == kinds(start)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
+    assert info.losses.shape == info.weights.shape == (NUM_CLIENTS,)
+    assert info.losses.dtype == dtype
+
+
+def test_three_rounds_cause_one_trace(setting):
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(setting.algorithm.round, n=1))
+    state = setting.start
+    for i in range(3):
+        state, _ = step(state, setting.data, everyone(), key=jax.random.key(i))
+    assert state.round == 3
+
+
+def test_bytes_are_those_of_the_arrays_sent(setting):
+    _, info = advance(
+        setting.algorithm, setting.start, setting.data, everyone(), key=jax.random.key(0)
+    )
+    up, down = setting.case.sent
+    np.testing.assert_array_equal(info.uplink_bytes, np.full(NUM_CLIENTS, up))
+    np.testing.assert_array_equal(info.downlink_bytes, np.full(NUM_CLIENTS, down))
+    assert info.uplink_bytes.dtype == info.downlink_bytes.dtype == jnp.int32
+
+
+def test_rounds_can_be_scanned_and_are_reproducible(setting):
+    state, infos = run(setting.algorithm, setting.params, setting.data, key=jax.random.key(3))
+    again, _ = run(setting.algorithm, setting.params, setting.data, key=jax.random.key(3))
+    assert_equal(again, state)
+    assert state.round == 2
+    assert infos.losses.shape == (2, NUM_CLIENTS)
+    assert (infos.losses[1] < infos.losses[0]).any()
+
+
+def test_seeds_can_be_vmapped(setting):
+    keys = jax.random.split(jax.random.key(5), 2)
+    mapped = jax.jit(
+        jax.vmap(
+            lambda key: run.__wrapped__(setting.algorithm, setting.params, setting.data, key=key)
+        )
+    )(keys)
+    for i in range(2):
+        alone = run(setting.algorithm, setting.params, setting.data, key=keys[i])
+        assert_same_run(setting.case, jax.tree.map(lambda leaf: leaf[i], mapped), alone)  # noqa: B023
+
+
+def test_masked_entries_change_nothing(setting):
+    key = jax.random.key(0)
+    clean = run(setting.algorithm, setting.params, setting.data, key=key)
+    spoilt = run(setting.algorithm, setting.params, make_clients(garbage=1e30), key=key)
+    assert_equal(spoilt, clean)
+
+
+def test_order_of_the_cohort_does_not_matter(setting):
+    key, order = jax.random.key(0), jnp.array([2, 0, 3, 1])
+    state, info = advance(setting.algorithm, setting.start, setting.data, everyone(), key=key)
+    other, other_info = advance(setting.algorithm, setting.start, setting.data, order, key=key)
+    reordered = jax.tree.map(lambda leaf: leaf[order], info)
+    assert_same_run(setting.case, (other, other_info), (state, reordered))
+
+
+@pytest.mark.parametrize(
+    "setting", [name for name, case in CASES.items() if case.symmetric], indirect=True
+)
+def test_permuted_clients_give_the_permuted_result(setting):
+    key, order = jax.random.key(0), jnp.array([2, 0, 3, 1])
+    permuted = jax.tree.map(lambda leaf: leaf[order], setting.data)
+    state, infos = run(setting.algorithm, setting.params, setting.data, key=key)
+    other, other_infos = run(setting.algorithm, setting.params, permuted, key=key)
+    assert_close(other_infos.losses, infos.losses[:, order])
+    same_params = state.params.shape == setting.params.shape
+    assert_close(other.params, state.params if same_params else state.params[order])
+
+
+def test_chunks_of_clients_give_the_numbers_of_single_clients(setting):
+    key = jax.random.key(0)
+    expected = run(setting.algorithm, setting.params, setting.data, key=key)
+    # Three is no divisor of four: the second chunk is padded.
+    found = run(setting.case.build(3), setting.params, setting.data, key=key)
+    assert_same_run(setting.case, found, expected)
+
+
+def test_cohorts_out_of_range_are_refused(setting):
+    wrong = np.array([0, 1, 2, NUM_CLIENTS])
+    with pytest.raises(ValueError, match=rf"got cohort with index {NUM_CLIENTS}, expected client"):
+        setting.algorithm.round(setting.start, setting.data, wrong, key=jax.random.key(0))
+
+
+def test_cohorts_that_leave_clients_out_are_done_or_refused(setting):
+    def attempt():
+        return advance(
+            setting.algorithm, setting.start, setting.data, jnp.array([3, 1]), key=jax.random.key(0)
+        )
+
+    if setting.case.partial:
+        assert attempt()[1].losses.shape == (2,)
+    else:
+        with pytest.raises(ValueError, match=f"expected all {NUM_CLIENTS} clients"):
+            attempt()
+
+
+def compare_sharded_with_unsharded():
+    """Run every case on four devices and on one; called in a process that has four."""
+    mesh = jax.make_mesh((NUM_CLIENTS,), ("clients",), axis_types=(AxisType.Auto,))
+    data, key = make_clients(), jax.random.key(0)
+    sharded = clients.shard_clients(data, mesh)
+    assert len(sharded.targets.sharding.device_set) == NUM_CLIENTS
+    for name, case in CASES.items():
+        params = case.params(jnp.float32)
+        expected = run(case.build(1), params, data, key=key)
+        for chunk_size in (1, NUM_CLIENTS):
+            found = run(case.build(chunk_size), params, sharded, key=key)
+            assert_same_run(case, found, expected)
+        print(f"{name} is the same")
+
+
+@pytest.mark.slow
+def test_clients_spread_over_four_devices_give_the_same_numbers():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    code = "from tests import test_algorithm_contracts as t; t.compare_sharded_with_unsharded()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{name} is the same" for name in CASES]
