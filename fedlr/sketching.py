@@ -268,7 +268,8 @@ def range_finder(
     Reference: Halko, Martinsson, Tropp 2011, "Finding structure with randomness", Algorithm 4.4
         and Theorem 10.5 (arXiv:0909.4061). There both products are followed by a QR factorization;
         here the wide one by a Cholesky factor of its Gram matrix with a small shift, which only
-        needs to keep the columns apart and takes a fifth of the time (1.0 against 5.4 ms for 30 x 40000, float32).
+        needs to keep the columns apart and takes a fifth of the time (1.0 against 5.4 ms for
+        30 x 40000, float32).
     """
     _checks.check_ndim("range_finder", "matrix", matrix, 2)
     _checks.check_floating("range_finder", matrix=matrix)
