@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,8 @@ import pytest
 from jax.sharding import AxisType
 
 from fedlr import federated
-from fedlr.algorithms import fedavg, local_only
-from fedlr.federated import clients, compressors, local, protocol, servers
+from fedlr.algorithms import comp_jf, fedavg, firm, local_only
+from fedlr.federated import clients, compressors, coupling, local, protocol, servers
 
 NUM_CLIENTS = 4
 DATA_SHAPES = {"samples": 5, "features": (3, 2)}
@@ -56,6 +57,16 @@ def zeros(dtype):
     return jnp.zeros(DATA_SHAPES["features"], dtype)
 
 
+def zeros_for_everyone(dtype):
+    return jnp.zeros((NUM_CLIENTS, *DATA_SHAPES["features"]), dtype)
+
+
+def coupled(build, **options):
+    """Build an algorithm of coupled images; no cohort may leave clients out."""
+    coefficients = jnp.array([0.5, 0.3, 0.2])
+    return lambda chunk: build(forward, coefficients, step_size=0.05, chunk_size=chunk, **options)
+
+
 def sgd(**options):
     return local.local_sgd(squared_error, optax.sgd(0.1), **options)
 
@@ -85,6 +96,30 @@ CASES = {
         ),
         zeros,
         (0, 0),
+    ),
+    "firm": Case(coupled(firm.build), zeros_for_everyone, (24, 24), False, False),
+    "firm_plus": Case(
+        coupled(firm.build, server=coupling.augmented_lagrangian),
+        zeros_for_everyone,
+        (24, 24),
+        False,
+        False,
+    ),
+    "comp_jf": Case(
+        coupled(comp_jf.build, ranks=(2, 2)),
+        zeros_for_everyone,
+        (4 * (4 + 6 + 4), 4 * (4 + 6 + 4)),
+        False,
+        False,
+        comp_jf.images,
+    ),
+    "comp_rand_jf": Case(
+        coupled(comp_jf.build, ranks=(2, 2), joint_basis=comp_jf.sketched()),
+        zeros_for_everyone,
+        (4 * (4 + 6 + 4), 4 * (4 + 6 + 4)),
+        False,
+        False,
+        comp_jf.images,
     ),
 }
 
@@ -291,6 +326,20 @@ def compare_sharded_with_unsharded():
             found = run(case.build(chunk_size), params, sharded, key=key)
             assert_same_run(case, found, expected)
         print(f"{name} is the same")
+    check_traffic_between_devices(sharded)
+
+
+def check_traffic_between_devices(sharded):
+    """With the whole cohort in one chunk, only the weighted update travels: one all-reduce."""
+    algorithm = CASES["fedavg"].build(NUM_CLIENTS)
+    key = jax.random.key(0)
+    state = algorithm.init(zeros(jnp.float32), sharded, key=key)
+    step = jax.jit(
+        lambda state, data, key: algorithm.round(state, data, np.arange(NUM_CLIENTS), key=key)
+    )
+    program = step.lower(state, sharded, key).compile().as_text()
+    assert len(re.findall(r"all-reduce(?:-start)?\(", program)) == 1
+    assert not re.findall(r"(all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ cohort is a plain vmap. In between, memory grows with the chunk and not with the
 
 Chunk number j of a cohort of M clients in B chunks holds the clients ``j, j + B, j + 2 B, ...``.
 With the client axis spread over devices in contiguous blocks, every chunk then has clients of
-every device, and no row has to move (chunk size a multiple of the number of devices).
+every device, and no row has to move (chunk size a multiple of the number of devices). A fold then
+reduces over the devices once per chunk, so once per round if one chunk holds the whole cohort.
 """
 
 from collections.abc import Callable
