@@ -1,0 +1,204 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlr import federated, subspace
+from fedlr.algorithms import comp_jf
+from fedlr.federated import coupling, protocol
+from tests.reference import reconstruction as reference
+
+COEFFICIENTS = np.array([0.5, 0.3])
+STEP = 0.02
+SHAPE = (6, 7)
+
+
+def forward(image, matrix):
+    """A dense operator per client: the data's inputs are its matrix."""
+    return matrix @ image.ravel()
+
+
+def make_clients(shape, dtype=jnp.float64, seed=3):
+    """Three clients with 12 measurements each."""
+    rng = np.random.default_rng(seed)
+    matrices = rng.normal(size=(3, 12, int(np.prod(shape))))
+    data = rng.normal(size=(3, 12)) + 1.0
+    return protocol.ClientData(
+        jnp.asarray(matrices, dtype), jnp.asarray(data, dtype), jnp.ones((3, 12), bool)
+    )
+
+
+@pytest.fixture(scope="module")
+def clients():
+    """Data of three clients with 6 x 7 images."""
+    return make_clients(SHAPE)
+
+
+def run(clients, shape=SHAPE, num_rounds=4, key=1, **options):
+    dtype = clients.targets.dtype
+    algorithm = comp_jf.build(
+        forward, jnp.asarray(COEFFICIENTS, dtype), **{"step_size": STEP} | options
+    )
+
+    @jax.jit
+    def simulate(clients):
+        state = algorithm.init(jnp.zeros((3, *shape), dtype), clients, key=jax.random.key(0))
+        return federated.run(
+            algorithm, state, clients, num_rounds=num_rounds, key=jax.random.key(key)
+        )
+
+    return simulate(clients)
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 1, 2)])
+def test_rounds_equal_the_naive_rounds(clients, ranks):
+    client_ranks = jnp.asarray([(rank, rank) for rank in ranks])
+    state, infos = run(clients, ranks=(3, 3), client_ranks=client_ranks)
+    images = np.zeros((3, *SHAPE))
+    matrices, data = np.asarray(clients.inputs), np.asarray(clients.targets)
+    for t in range(4):
+        images, norms = reference.comp_jf_round(
+            matrices, images, data, COEFFICIENTS, STEP, 1.0, ranks, 3
+        )
+        np.testing.assert_allclose(infos.metrics.residual_norms[t], norms, rtol=1e-9)
+    np.testing.assert_allclose(comp_jf.images(state), images, rtol=1e-8, atol=1e-9)
+
+
+def test_lossless_joint_subspace_couples_the_truncated_images_exactly(clients):
+    joint = 6
+    client_ranks = jnp.full((3, 2), 2)
+    state, _ = run(clients, ranks=(joint, joint), client_ranks=client_ranks, num_rounds=1)
+    matrices, data = np.asarray(clients.inputs), np.asarray(clients.targets)
+    truncated = []
+    for a, b in zip(matrices, data, strict=True):
+        stepped, _ = reference.clipped_step(a, np.zeros(SHAPE), b, STEP)
+        truncated.append(reference.truncate(stepped, 2))
+    expected = coupling.couple(jnp.asarray(COEFFICIENTS), jnp.asarray(np.stack(truncated)))
+    np.testing.assert_allclose(comp_jf.images(state), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_padding_the_joint_ranks_changes_nothing_if_the_subspace_already_fits(clients):
+    client_ranks = jnp.full((3, 2), 2)
+    exact, _ = run(clients, ranks=(6, 6), client_ranks=client_ranks)
+    wider, _ = run(clients, ranks=(6, 7), client_ranks=client_ranks)
+    np.testing.assert_allclose(comp_jf.images(wider), comp_jf.images(exact), rtol=1e-8, atol=1e-9)
+
+
+def test_multiplier_moves_with_the_joint_factors(clients):
+    """With a complete basis the compressed FIRM+ is FIRM+ without a clip after the coupling."""
+    state, _ = run(clients, ranks=(6, 7), server=coupling.augmented_lagrangian, num_rounds=3)
+    matrices, data = np.asarray(clients.inputs), np.asarray(clients.targets)
+    images, multiplier = np.zeros((3, *SHAPE)), np.zeros(SHAPE)
+    signed = reference.signed_coefficients(COEFFICIENTS)
+    for _ in range(3):
+        stepped = np.stack(
+            [
+                reference.clipped_step(a, w, b, STEP)[0]
+                for a, w, b in zip(matrices, images, data, strict=True)
+            ]
+        )
+        residual = np.tensordot(signed, stepped, axes=1)
+        pull = (multiplier + residual) / (1 + np.sum(signed**2))
+        images = stepped - signed[:, None, None] * pull
+        multiplier = multiplier + np.tensordot(signed, images, axes=1)
+    np.testing.assert_allclose(comp_jf.images(state), images, rtol=1e-8, atol=1e-9)
+
+
+def test_orthonormal_joint_factors_and_shared_by_all(clients):
+    for basis in (comp_jf.exact(), comp_jf.sketched(), comp_jf.warm_started()):
+        state, _ = run(clients, ranks=(3, 3), joint_basis=basis, num_rounds=2)
+        for factor in state.params.factors:
+            np.testing.assert_allclose(factor.T @ factor, np.eye(3), atol=1e-12)
+
+
+def test_cheap_bases_agree_with_exact_ones_where_the_rank_is_complete(clients):
+    exact, _ = run(clients, ranks=(6, 7), num_rounds=3)
+    for basis in (comp_jf.sketched(), comp_jf.warm_started(), comp_jf.exact(subspace.lq())):
+        other, _ = run(clients, ranks=(6, 7), joint_basis=basis, client_basis=basis, num_rounds=3)
+        np.testing.assert_allclose(
+            comp_jf.images(other), comp_jf.images(exact), rtol=1e-8, atol=1e-9
+        )
+
+
+def test_sketch_follows_the_key_of_the_run_and_differs_between_rounds(clients):
+    runs = [
+        run(clients, ranks=(2, 2), joint_basis=comp_jf.sketched(), key=key)[0] for key in (1, 1, 2)
+    ]
+    first, again, other = (np.asarray(comp_jf.images(state)) for state in runs)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-6 * np.abs(first).max()
+
+
+def test_bytes_are_those_of_the_arrays_sent(clients):
+    ranks = np.array([(3, 3), (1, 2), (2, 1)])
+    _, infos = run(clients, ranks=(3, 4), client_ranks=jnp.asarray(ranks), num_rounds=1)
+    sent = [8 * (np.prod(r) + 6 * r[0] + 7 * r[1]) for r in ranks]
+    np.testing.assert_array_equal(infos.uplink_bytes[0], sent)
+    np.testing.assert_array_equal(infos.downlink_bytes[0], [8 * (12 + 6 * 3 + 7 * 4)] * 3)
+
+
+def test_permuting_clients_with_their_coefficients_permutes_the_images(clients):
+    turned = jnp.array([1, 0, 2])
+    state, _ = run(clients, ranks=(3, 3))
+    algorithm = comp_jf.build(
+        forward, jnp.asarray(COEFFICIENTS[::-1].copy()), ranks=(3, 3), step_size=STEP
+    )
+    swapped = jax.tree.map(lambda leaf: leaf[turned], clients)
+
+    @jax.jit
+    def simulate(clients):
+        start = algorithm.init(jnp.zeros((3, *SHAPE)), clients, key=jax.random.key(0))
+        return federated.run(algorithm, start, clients, num_rounds=4, key=jax.random.key(1))
+
+    other, _ = simulate(swapped)
+    np.testing.assert_allclose(
+        comp_jf.images(other)[turned], comp_jf.images(state), rtol=1e-8, atol=1e-9
+    )
+
+
+def test_three_modes_with_float32(clients):
+    del clients
+    shape = (3, 4, 5)
+    state, infos = run(make_clients(shape, jnp.float32), shape=shape, ranks=(2, 3, 2), num_rounds=2)
+    assert comp_jf.images(state).shape == (3, *shape)
+    assert comp_jf.images(state).dtype == jnp.float32
+    assert bool(jnp.isfinite(comp_jf.images(state)).all())
+    np.testing.assert_array_equal(infos.uplink_bytes[0], [4 * (12 + 6 + 12 + 10)] * 3)
+
+
+def test_a_start_in_the_joint_subspace_is_kept(clients):
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(6, 2)), rng.normal(size=(7, 2))
+    start = jnp.asarray(np.einsum("ir,crs,js->cij", left, rng.normal(size=(3, 2, 2)), right))
+    algorithm = comp_jf.build(forward, jnp.asarray(COEFFICIENTS), ranks=(2, 2), step_size=STEP)
+    state = jax.jit(algorithm.init)(start, clients, key=jax.random.key(0))
+    np.testing.assert_allclose(comp_jf.images(state), start, rtol=1e-10, atol=1e-11)
+
+
+def test_bad_input_is_refused(clients):
+    key = jax.random.key(0)
+
+    def init(start=None, **options):
+        start = jnp.zeros((3, *SHAPE)) if start is None else start
+        coefficients = jnp.asarray(options.pop("coefficients", COEFFICIENTS))
+        options = {"ranks": (3, 3), "step_size": STEP} | options
+        algorithm = comp_jf.build(forward, coefficients, **options)
+        return algorithm, algorithm.init(start, clients, key=key)
+
+    with pytest.raises(ValueError, match=r"comp_jf: got ranks .7, 3."):
+        init(ranks=(7, 3))
+    with pytest.raises(ValueError, match=r"comp_jf: got ranks .3, 3. of type list"):
+        init(ranks=[3, 3])
+    with pytest.raises(ValueError, match=r"comp_jf: got client_ranks of shape .3,."):
+        init(client_ranks=jnp.ones(3, int))
+    with pytest.raises(ValueError, match=r"comp_jf: got client_ranks .*, expected 1 to .3, 3."):
+        init(client_ranks=jnp.full((3, 2), 4))
+    with pytest.raises(ValueError, match="comp_jf: got client_ranks of dtype float"):
+        init(client_ranks=jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match="comp_jf: got params of dtype int"):
+        init(start=jnp.zeros((3, *SHAPE), int))
+    with pytest.raises(ValueError, match="expected 2 coefficients for 3 clients"):
+        init(coefficients=np.ones(3))
+    algorithm, state = init()
+    with pytest.raises(ValueError, match="comp_jf: got cohort of 2 clients, expected all 3"):
+        algorithm.round(state, clients, jnp.arange(2), key=key)
