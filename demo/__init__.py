@@ -1,0 +1,1 @@
+"""The demo: federated multimodal reconstruction from noisy, undersampled scans."""
