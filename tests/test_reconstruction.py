@@ -1,0 +1,142 @@
+"""The reconstruction methods beside each other, on data that no projector of the library made."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlr import federated, synthetic, tomography
+from fedlr.algorithms import comp_jf, fedavg, firm, local_only
+from fedlr.federated import coupling, local, protocol, stopping
+
+SIZE, VIEWS, RANK, ROUNDS = 32, 16, 8, 40
+SIGMA = 0.1
+GEOMETRY = tomography.ParallelBeam(shape=(SIZE, SIZE), num_bins=46)
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """Noisy scans of the four coupled images."""
+    angles = synthetic.uniform_angles(VIEWS)
+    return synthetic.multimodal_scans(GEOMETRY, angles, sigma=SIGMA, key=jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def clients(scans):
+    """The same as data of a federation."""
+    return protocol.ClientData(scans.angles, scans.sinograms, jnp.ones(scans.angles.shape, bool))
+
+
+@pytest.fixture(scope="module")
+def follow(scans, clients):
+    """Run a method; mean PSNR of the images that entered each round, and the records."""
+    forward = functools.partial(tomography.project, GEOMETRY)
+    start = jnp.zeros_like(scans.images)
+    step_size = 1 / local.operator_norm(forward, clients, start[0], key=jax.random.key(1))
+    gradient = local.projected_gradient(forward, step_size=step_size)
+    dense = functools.partial(firm.build, forward, scans.coefficients, step_size=step_size)
+    low_rank = functools.partial(
+        comp_jf.build, forward, scans.coefficients, ranks=(RANK, RANK), step_size=step_size
+    )
+    accurate = comp_jf.sketched(oversampling=10, power_iters=1)
+
+    def own(state):
+        return state.params
+
+    def repeated(state):
+        return jnp.broadcast_to(state.params, start.shape)
+
+    methods = {
+        "FedAvg": (fedavg.build(gradient), start[0], repeated),
+        "single client": (local_only.build(gradient), start[0], own),
+        "FIRM": (dense(), start, own),
+        "FIRM+": (dense(server=coupling.augmented_lagrangian), start, own),
+        "CompJF": (low_rank(), start, comp_jf.images),
+        "CompRandJF, accurate": (low_rank(joint_basis=accurate), start, comp_jf.images),
+        "CompJF, warm": (
+            low_rank(joint_basis=comp_jf.warm_started(), client_basis=comp_jf.warm_started()),
+            start,
+            comp_jf.images,
+        ),
+    }
+    peak = scans.images.max(axis=(1, 2))
+
+    def psnr(images):
+        error = jnp.mean((images - scans.images) ** 2, axis=(1, 2))
+        return jnp.mean(10 * jnp.log10(peak**2 / error))
+
+    @functools.cache
+    def run(name):
+        algorithm, begin, images = methods[name]
+        algorithm = federated.with_evaluation(algorithm, lambda state: psnr(images(state)))
+
+        @jax.jit
+        def trajectory(clients):
+            state = algorithm.init(begin, clients, key=jax.random.key(2))
+            return federated.run(
+                algorithm, state, clients, num_rounds=ROUNDS, key=jax.random.key(3)
+            )[1]
+
+        infos = trajectory(clients)
+        return np.asarray(infos.evaluation), infos
+
+    return run
+
+
+def test_low_rank_beats_firm_beats_lone_clients_beat_fedavg(follow):
+    best = {name: follow(name)[0].max() for name in ("CompJF", "FIRM", "single client", "FedAvg")}
+    assert best["CompJF"] > best["FIRM"] + 0.4
+    assert best["FIRM"] > best["single client"] + 0.1
+    assert best["FIRM"] > best["FedAvg"] + 2.0
+
+
+def test_firm_plus_is_as_good_as_firm(follow):
+    assert follow("FIRM+")[0].max() == pytest.approx(follow("FIRM")[0].max(), abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["CompRandJF, accurate", "CompJF, warm"])
+def test_cheap_bases_are_as_good_as_exact_ones(follow, name):
+    assert follow(name)[0].max() == pytest.approx(follow("CompJF")[0].max(), abs=0.1)
+
+
+def test_multiplier_enforces_the_coupling_better_than_the_penalty(follow):
+    violation = {
+        name: float(follow(name)[1].metrics.violation[-1, 0]) for name in ("FIRM", "FIRM+")
+    }
+    assert violation["FIRM+"] < 0.5 * violation["FIRM"]
+
+
+def test_discrepancy_stops_near_the_best_round_and_the_paper_rule_too_early(follow, scans, clients):
+    curve, infos = follow("FIRM")
+    counts = stopping.num_measurements(clients)
+    rules = {
+        "pooled": stopping.discrepancy(scans.noise_levels, counts),
+        "single": stopping.every_client(stopping.noise_thresholds(scans.noise_levels, counts)),
+        "paper": stopping.every_client(stopping.noisy_maximum_thresholds(clients, SIGMA)),
+    }
+    stops = {}
+    for name, rule in rules.items():
+        fired = np.asarray(jax.vmap(rule)(infos._replace(evaluation=())))
+        assert fired.any()
+        stops[name] = int(fired.argmax())
+    assert curve.max() - curve[stops["single"]] < 0.3
+    assert stops["paper"] < stops["pooled"]
+    assert stops["paper"] < stops["single"]
+    assert curve[stops["paper"]] < curve[stops["single"]]
+
+
+def test_noise_level_from_the_detector_edge_is_close_to_the_truth(scans, clients):
+    estimated = stopping.edge_noise_levels(clients, num_bins=5)
+    # The standard error of a MAD estimate is about 1.17 / sqrt(count) of the level.
+    count = 2 * 5 * VIEWS
+    np.testing.assert_allclose(estimated, scans.noise_levels, rtol=4 * 1.17 / np.sqrt(count))
+
+
+def test_low_rank_messages_are_smaller_below_the_threshold(follow):
+    sent = {name: int(follow(name)[1].uplink_bytes[0, 0]) for name in ("FIRM", "CompJF")}
+    assert sent["FIRM"] == 4 * SIZE**2
+    assert sent["CompJF"] == 4 * (RANK**2 + 2 * SIZE * RANK)
+    assert SIZE * (np.sqrt(2) - 1) > RANK
+    assert sent["CompJF"] < sent["FIRM"]
