@@ -102,7 +102,7 @@ def summarize(infos, scans, clients) -> dict[str, Any]:
     return {
         "best_psnr": float(curve[best]),
         "best_round": best,
-        "best_ssim": float(similarity[:-1].max()),
+        "best_ssim": float(similarity.max()),
         "stop_psnr": float(curve[stop]),
         "stop_round": stop,
         "stop_ssim": float(similarity[-1]),
@@ -136,7 +136,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line a method and noise level."""
     heads = ("sigma", "method", "PSNR best", "stop", "SSIM best", "stop", "kB up", "kB down")
     heads += ("compression", "stop at", "ms/round", "compile s")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         sent = row["uplink_bytes_per_round"] + row["downlink_bytes_per_round"]
         dense = row["dense_bytes_per_round"]
@@ -172,7 +172,8 @@ def draw(rows: list[dict[str, Any]], truth: np.ndarray, sigma: float, path: Path
         (f"{row['method']}\n{row['stop_psnr']:.2f} dB", row["images_at_stop"]) for row in shown
     ]
     figure = plt.figure(figsize=(15, 1.75 * len(stacks)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(len(truth) * 1.75, 8))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(len(truth) * 1.75, 8))
+    left, right = halves
     axes = left.subplots(len(stacks), len(truth))
     for line, (label, images) in zip(axes, stacks, strict=True):
         for client, (axis, image) in enumerate(zip(line, images, strict=True)):
@@ -224,12 +225,13 @@ def main(arguments: list[str] | None = None) -> int:
     start = jnp.zeros((4, size, size), angles.dtype)
     scan_key, norm_key = jax.random.split(jax.random.key(0))
 
-    rows, methods, truth = [], None, None
+    rows: list[dict[str, Any]] = []
+    methods, truth = {}, np.zeros(start.shape)
     for sigma in SIGMAS:
         scans = synthetic.multimodal_scans(geometry, angles, sigma=sigma, key=scan_key)
         mask = jnp.ones(scans.angles.shape, bool)
         clients = protocol.ClientData(scans.angles, scans.sinograms, mask)
-        if methods is None:
+        if not methods:
             norm = local.operator_norm(forward, clients, start[0], key=norm_key)
             methods = build_methods(forward, scans.coefficients, start, 1.0 / norm, options.rank)
         truth = np.asarray(scans.images)
