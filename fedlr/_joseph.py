@@ -8,8 +8,13 @@ each: the entries of the same matrix, since at most these two bins see the pixel
 
 Positions are fixed-point integers: the index of a tap is their upper part and its weight the lower
 one. Integer sums are exact, so index and weight belong together however the compiler splits or
-repeats the computation, which float positions next to a pixel boundary do not guarantee. The batch
-is the last axis, so that one position serves the whole batch and its taps are contiguous.
+repeats the computation, which float positions next to a pixel boundary do not guarantee.
+
+Layout, measured on CPU: the batch is the last axis, so that one position serves the whole batch; a
+ray and its mirror image through the centre have mirrored positions, so that half of the bins (or
+pixels) are computed for the batch and its mirror image at once; and both taps are one gather of
+neighbouring memory. With 8 images these are 32 contiguous numbers, which the compiler turns into
+vector loads; fewer it loads one by one, 3.5 times slower, hence `FULL_BATCH`.
 
 Reference: P. M. Joseph, "An improved algorithm for reprojecting rays through pixel images", IEEE
 Transactions on Medical Imaging 1(3), 1982.
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 __all__ = ["backproject", "interpolate", "project", "project_view"]
 
 PAD = 2  # zeros on either side of a line; positions outside it are clipped to them
+FULL_BATCH = 8  # a batch from half of it on is filled up with zeros to this
 
 
 def _march(angles, shape):
@@ -74,11 +80,41 @@ def _fixed_point(dtype, largest):
     return encode, decode
 
 
+def _add_mirrored(stack, axes):
+    """Append the mirror images along `axes` to the batch."""
+    batch = stack.shape[-1]
+    missing = FULL_BATCH - batch if FULL_BATCH // 2 <= batch < FULL_BATCH else 0
+    stack = jnp.pad(stack, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    return jnp.concatenate([stack, jnp.flip(stack, axes)], axis=-1)
+
+
+def _complete(total, batch, axes, count):
+    """Sum the taps and join the half that was computed with its mirrored counterpart."""
+    total = sum(jnp.split(total, 2, axis=-1))
+    half, mirrored = (part[..., :batch] for part in jnp.split(total, 2, axis=-1))
+    axis = axes[0]
+    known = half.shape[axis]
+    other = jax.lax.slice_in_dim(jnp.flip(mirrored, axes), 2 * known - count, known, axis=axis)
+    return jnp.concatenate([half, other], axis=axis)
+
+
 def _two_taps(content, index):
-    """Gather neighbouring entries of `content` (positions, batch) at and after `index`."""
-    at = content.at
-    left = at[index].get(mode="promise_in_bounds")
-    return left, at[index + 1].get(mode="promise_in_bounds")
+    """Read neighbouring entries of `content` (positions, batch) at and after `index` side by side.
+
+    The indices are unsigned, which spares the handling of negative ones.
+    """
+    batch = content.shape[-1]
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(index.ndim,), collapsed_slice_dims=(), start_index_map=(0,)
+    )
+    start = (index * batch).astype(jnp.uint32)[..., None]
+    return jax.lax.gather(content.ravel(), start, numbers, (2 * batch,), mode="promise_in_bounds")
+
+
+def _per_tap(left, right, batch):
+    """Spread the weights of the two taps over what `_two_taps` reads."""
+    second = jnp.repeat(jnp.arange(2, dtype=left.dtype), batch)[None, None, None, :]
+    return (1 - second) * left[..., None] + second * right[..., None]
 
 
 def project(images, angles, num_bins, unroll):
@@ -90,29 +126,29 @@ def project(images, angles, num_bins, unroll):
     Returns:
         Sinograms (groups, views, num_bins, batch).
     """
-    groups, rows, columns, batch = images.shape
+    batch, half = images.shape[-1], -(-num_bins // 2)
+    images = _add_mirrored(images, (1, 2))
+    groups, rows, columns, lanes = images.shape
     size, dtype = max(rows, columns), images.dtype
     width = size + 2 * PAD
     swapped, length, per_bin, per_line, center, center_line = _march(angles, (rows, columns))
     encode, decode = _fixed_point(dtype, size + num_bins + 2 * PAD)
-    start = (
-        encode(per_bin[..., None] * _centered(num_bins, dtype)) + encode(center + PAD)[..., None]
-    )
+    start = encode(per_bin[..., None] * _centered(num_bins, dtype)[..., :half])
+    start = start + encode(center + PAD)[..., None]
     slab = 2 * jnp.arange(groups, dtype=start.dtype)[:, None] + swapped.astype(start.dtype)
-    lines = _lines(images).transpose(2, 0, 1, 3, 4).reshape(size, groups * 2 * width, batch)
+    lines = _lines(images).transpose(2, 0, 1, 3, 4).reshape(size, groups * 2 * width, lanes)
 
     def add_line(total, line):
         number, content = line
         shift = encode(per_line * (number - center_line))
         index, weight = decode(start + shift[..., None])
         index = jnp.clip(index, 0, size + PAD) + (slab * width)[..., None]
-        left, right = _two_taps(content, index)
-        return total + (left + weight[..., None] * (right - left)), None
+        return total + _per_tap(1 - weight, weight, lanes) * _two_taps(content, index), None
 
-    total = jnp.zeros((groups, angles.shape[1], num_bins, batch), dtype)
+    total = jnp.zeros((groups, angles.shape[1], half, 2 * lanes), dtype)
     numbers = jnp.arange(size, dtype=dtype)
     total, _ = jax.lax.scan(add_line, total, (numbers, lines), unroll=unroll)
-    return total * length[..., None, None]
+    return _complete(total, batch, (2,), num_bins) * length[..., None, None]
 
 
 def _smear(sinograms, angles, shape, unroll, weigh):
@@ -120,29 +156,31 @@ def _smear(sinograms, angles, shape, unroll, weigh):
 
     `weigh(index, weight, length)` turns positions into the weights of the bins at and after them.
     """
-    groups, _, num_bins, batch = sinograms.shape
+    batch, half = sinograms.shape[-1], -(-shape[0] // 2)
+    sinograms = _add_mirrored(sinograms, (2,))
+    groups, _, num_bins, lanes = sinograms.shape
     dtype, (rows, columns) = sinograms.dtype, shape
     width = num_bins + 2 * PAD
     encode, decode = _fixed_point(dtype, rows + columns + num_bins + 2 * PAD)
     center = encode(jnp.asarray((num_bins - 1) / 2 + PAD, dtype))
-    x = jnp.cos(angles)[..., None] * _centered(columns, dtype)
-    y = jnp.sin(angles)[..., None] * -_centered(rows, dtype)
+    x = encode(jnp.cos(angles)[..., None] * _centered(columns, dtype))
+    y = encode(jnp.sin(angles)[..., None] * -_centered(rows, dtype)[..., :half])
     slab = jnp.arange(groups, dtype=center.dtype)[:, None, None]
     views = jnp.pad(sinograms, ((0, 0), (0, 0), (PAD, PAD), (0, 0)))
 
     def add_view(total, view):
         content, across, down, length = view
         index, weight = decode(across[:, None, :] + down[:, :, None] + center)
-        weight_left, weight_right = weigh(index - PAD, weight, length[:, None, None])
+        left, right = weigh(index - PAD, weight, length[:, None, None])
         index = jnp.clip(index, 0, num_bins + PAD) + slab * width
-        left, right = _two_taps(content.reshape(groups * width, batch), index)
-        return total + (weight_left[..., None] * left + weight_right[..., None] * right), None
+        taps = _two_taps(content.reshape(groups * width, lanes), index)
+        return total + _per_tap(left, right, lanes) * taps, None
 
-    total = jnp.zeros((groups, rows, columns, batch), dtype)
+    total = jnp.zeros((groups, half, columns, 2 * lanes), dtype)
     length = 1 / jnp.maximum(jnp.abs(jnp.cos(angles)), jnp.abs(jnp.sin(angles)))
-    per_view = (views, encode(x), encode(y), length)
-    per_view = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), per_view)
-    return jax.lax.scan(add_view, total, per_view, unroll=unroll)[0]
+    per_view = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (views, x, y, length))
+    total, _ = jax.lax.scan(add_view, total, per_view, unroll=unroll)
+    return _complete(total, batch, (1, 2), rows)
 
 
 def backproject(sinograms, angles, shape, unroll):
