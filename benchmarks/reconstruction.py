@@ -170,14 +170,18 @@ def trajectory(method: Method, problem: Problem, num_rounds: int) -> tuple[Array
     """Run a method on every noise draw; the images that entered each round, and its infos."""
     algorithm = federated.with_evaluation(method.algorithm, method.images)
 
-    def run(clients):
-        state = algorithm.init(method.start, clients, key=jax.random.key(2))
-        _, infos = federated.run(
-            algorithm, state, clients, num_rounds=num_rounds, key=jax.random.key(3)
-        )
-        return infos.evaluation, infos._replace(evaluation=())
+    @jax.jit
+    def run(start, draws):
+        def one(clients):
+            state = algorithm.init(start, clients, key=jax.random.key(2))
+            _, infos = federated.run(
+                algorithm, state, clients, num_rounds=num_rounds, key=jax.random.key(3)
+            )
+            return infos.evaluation, infos._replace(evaluation=())
 
-    return jax.jit(jax.vmap(run))(problem.clients)
+        return jax.lax.map(one, draws)
+
+    return run(method.start, problem.clients)
 
 
 def psnr(images: Array, truth: Array) -> Array:
