@@ -22,20 +22,6 @@ __all__ = [
     "ServerUpdate",
 ]
 
-__all__ = [
-    "Aggregator",
-    "ClientData",
-    "Compressor",
-    "FederatedAlgorithm",
-    "FederatedState",
-    "Fold",
-    "Init",
-    "LocalUpdate",
-    "Round",
-    "RoundInfo",
-    "ServerUpdate",
-]
-
 
 class ClientData(NamedTuple):
     """Data of all clients, each leaf with a leading client axis.
