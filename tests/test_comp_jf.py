@@ -60,7 +60,7 @@ def test_rounds_equal_the_naive_rounds(clients, ranks):
         images, norms = reference.comp_jf_round(
             matrices, images, data, COEFFICIENTS, STEP, 1.0, ranks, 3
         )
-        np.testing.assert_allclose(infos.metrics.residual_norms[t], norms, rtol=1e-9)
+        np.testing.assert_allclose(infos.metrics.residual_norm[t], norms, rtol=1e-9)
     np.testing.assert_allclose(comp_jf.images(state), images, rtol=1e-8, atol=1e-9)
 
 

@@ -132,5 +132,14 @@ def test_records_hold_the_relative_violation_of_what_entered(images):
     expected = np.linalg.norm(residual) / np.linalg.norm(images[2])
     np.testing.assert_allclose(info.metrics.violation, np.full(3, expected), rtol=1e-13)
     np.testing.assert_array_equal(info.downlink_bytes, [1, 2, 3])
-    empty = coupling.round_info(COEFFICIENTS, jnp.zeros((3, 4)), metrics, sent, sent)
-    np.testing.assert_array_equal(empty.metrics.violation, np.zeros(3))
+
+
+def test_violation_of_zero_images_is_zero_with_a_zero_gradient():
+    metrics, sent = local.ReconstructionMetrics(jnp.ones(3), jnp.ones(3)), jnp.ones(3, jnp.int32)
+
+    def violation(images):
+        return coupling.round_info(COEFFICIENTS, images, metrics, sent, sent).metrics.violation[0]
+
+    value, gradient = jax.value_and_grad(violation)(jnp.zeros((3, 4)))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)

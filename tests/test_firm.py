@@ -58,7 +58,7 @@ def test_rounds_equal_the_naive_rounds(problem, penalty):
     state, infos = run(problem, server=server)
     for t in range(4):
         images, norms = reference.firm_round(matrices, images, data, COEFFICIENTS, STEP, penalty)
-        np.testing.assert_allclose(infos.metrics.residual_norms[t], norms, rtol=1e-12)
+        np.testing.assert_allclose(infos.metrics.residual_norm[t], norms, rtol=1e-12)
         np.testing.assert_allclose(infos.losses[t], norms**2 / 2, rtol=1e-12)
     np.testing.assert_allclose(state.params, images, rtol=1e-12, atol=1e-13)
 

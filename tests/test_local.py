@@ -133,6 +133,25 @@ def test_gradient_step_follows_the_gradient_of_the_misfit(data, weights):
     np.testing.assert_allclose(moved, weights - 0.3 * jax.grad(misfit)(weights), rtol=1e-12)
 
 
+def test_record_of_a_perfect_image_has_a_zero_gradient(data, weights, key):
+    update = local.projected_gradient(apply_rows, step_size=0.2)
+    perfect = data._replace(targets=data.inputs @ weights)
+
+    def loss(image):
+        return update(image, (), perfect, key=key)[2].loss
+
+    np.testing.assert_array_equal(jax.grad(loss)(weights), 0)
+
+
+def test_step_size_is_finite_where_no_client_has_data(data, weights, key):
+    empty = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], data)
+    empty = empty._replace(mask=jnp.zeros_like(empty.mask))
+    step = local.initial_step_size(None, apply_rows, empty, weights, key=key)
+    assert step == 1
+    moved, _ = local.gradient_step(apply_rows, weights, data._replace(mask=empty.mask[0]), step)
+    np.testing.assert_array_equal(moved, weights)
+
+
 def test_masked_measurements_may_hold_anything(data, weights):
     spoilt = data._replace(
         inputs=np.where(data.mask[:, None], data.inputs, 1e30),

@@ -72,6 +72,17 @@ def test_background_bins_show_the_noise_through_mask_and_offset(rng):
         stopping.edge_noise_levels(protocol.ClientData((), sinogram, mask), num_bins=21)
 
 
+def test_clients_without_data_keep_no_rule_from_firing(rng):
+    targets = jnp.asarray(rng.normal(size=(2, 30, 40)))
+    data = protocol.ClientData((), targets, jnp.ones((2, 30), bool).at[1].set(False))
+    levels = stopping.edge_noise_levels(data)
+    thresholds = stopping.noisy_maximum_thresholds(data, 1.0)
+    assert levels[1] == thresholds[1] == 0
+    info = record([1.0, 0.0])
+    assert bool(stopping.discrepancy(levels, stopping.num_measurements(data))(info))
+    assert bool(stopping.every_client(thresholds)(info))
+
+
 def test_stagnation_waits_for_rounds_without_progress():
     rule = stopping.stagnation(tolerance=0.1, patience=2)
     history = [[4.0], [2.0], [1.99], [1.5], [1.49], [1.48], [1.0]]

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from fedlr import _checks
+from fedlr import _checks, masking
 from fedlr.federated import protocol
 
 __all__ = [
@@ -42,12 +42,12 @@ class CoupledMetrics(NamedTuple):
     """Record of a round of coupled reconstruction, `RoundInfo.metrics`.
 
     Attributes:
-        residual_norms: ``||A_i w_i - b_i||`` of the images that entered, shape (clients,).
+        residual_norm: ``||A_i w_i - b_i||`` of the images that entered, shape (clients,).
         violation: ``||r(w)|| / ||w_N||`` of these images, the same number for every client (0 for
             zero images), shape (clients,).
     """
 
-    residual_norms: Float[Array, " clients"]
+    residual_norm: Float[Array, " clients"]
     violation: Float[Array, " clients"]
 
 
@@ -290,8 +290,10 @@ def round_info(
         >>> coupling.round_info(jnp.ones(1), images, metrics, two, two).metrics.violation
         Array([2., 2.], dtype=float32)
     """
-    violation = jnp.sqrt(jnp.sum(constraint_residual(coefficients, stacked) ** 2))
-    scale = jnp.sqrt(jnp.sum(stacked[-1] ** 2))
+    # Not jnp.linalg.norm, whose gradient at zero is NaN and would reach all that a run records.
+    everything = jnp.array(True)
+    violation = masking.masked_norm(constraint_residual(coefficients, stacked), everything)
+    scale = masking.masked_norm(stacked[-1], everything)
     violation = jnp.where(scale > 0, violation / jnp.where(scale > 0, scale, 1.0), 0.0)
     return protocol.RoundInfo(
         losses=metrics.loss,

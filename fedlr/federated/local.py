@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fedlr import _checks, _precision
+from fedlr import _checks, _precision, masking
 from fedlr.federated import protocol
 
 __all__ = [
@@ -190,7 +190,7 @@ def gradient_step(
     residual = _residual("gradient_step", prediction, data)
     (gradient,) = adjoint(residual)
     step_size = jnp.asarray(step_size, image.dtype)
-    return image - step_size * gradient, jnp.sqrt(jnp.sum(residual**2))
+    return image - step_size * gradient, masking.masked_norm(residual, data.mask)
 
 
 def projected_gradient(
@@ -321,7 +321,7 @@ def initial_step_size(
         key: Random key.
 
     Returns:
-        The step size in the dtype of the image, shape ().
+        The step size in the dtype of the image, shape (); 1 where no client has any data.
 
     Raises:
         ValueError: As `operator_norm`, if that is needed.
@@ -337,7 +337,9 @@ def initial_step_size(
     """
     if step_size is not None:
         return jnp.asarray(step_size, jnp.result_type(image))
-    return 1.0 / operator_norm(forward, clients, image, key=key)
+    norm = operator_norm(forward, clients, image, key=key)
+    is_zero = norm == 0
+    return jnp.where(is_zero, 1.0, 1.0 / jnp.where(is_zero, 1.0, norm))
 
 
 def _residual(function, prediction, data):

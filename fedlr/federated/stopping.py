@@ -5,7 +5,7 @@ remember earlier rounds. The record measures the state that *entered* the round,
 state to keep when a rule fires. `fedlr.federated.simulate` does so.
 
 The rules for inverse problems read the residual norms ``||A_i w_i - b_i||`` of all clients from
-`info.metrics.residual_norms` or, of a composed round, from `info.metrics.residual_norm`.
+`info.metrics.residual_norm`, which every algorithm of reconstruction records.
 """
 
 from collections.abc import Callable
@@ -298,6 +298,7 @@ def noisy_maximum_thresholds(
     present = _present("noisy_maximum_thresholds", clients)
     axes = tuple(range(1, present.ndim))
     maxima = jnp.max(jnp.where(present, clients.targets, -jnp.inf), axis=axes)
+    maxima = jnp.where(jnp.any(present, axis=axes), maxima, 0.0)
     return maxima * jnp.sqrt(num_measurements(clients)) * jnp.asarray(relative_noise, maxima.dtype)
 
 
@@ -313,7 +314,7 @@ def edge_noise_levels(
         num_bins: Bins on each side, *static*. The object must not reach into them.
 
     Returns:
-        The standard deviations s_i, shape (clients,); NaN for a client without any data.
+        The standard deviations s_i, shape (clients,); 0 for a client without any data there.
 
     Raises:
         ValueError: If the mask does not fit the targets, or `num_bins` is not an integer from 1 to
@@ -330,11 +331,16 @@ def edge_noise_levels(
     """
     present = _present("edge_noise_levels", clients)
     _checks.check_rank("edge_noise_levels", num_bins, present.shape[-1] // 2, name="num_bins")
-    values = jnp.where(present, clients.targets, jnp.nan)
-    edges = jnp.concatenate([values[..., :num_bins], values[..., -num_bins:]], axis=-1)
-    edges = edges.reshape(edges.shape[0], -1)
+
+    def edges_of(x):
+        edges = jnp.concatenate([x[..., :num_bins], x[..., -num_bins:]], axis=-1)
+        return edges.reshape(edges.shape[0], -1)
+
+    seen = edges_of(present)
+    edges = jnp.where(seen, edges_of(clients.targets), jnp.nan)
     centre = jnp.nanmedian(edges, axis=1, keepdims=True)
-    return 1.4826 * jnp.nanmedian(jnp.abs(edges - centre), axis=1)
+    levels = 1.4826 * jnp.nanmedian(jnp.abs(edges - centre), axis=1)
+    return jnp.where(jnp.any(seen, axis=1), levels, 0.0)
 
 
 def _present(function, clients):
@@ -345,12 +351,10 @@ def _present(function, clients):
 
 
 def _residual_norms(function, info, shape):
-    metrics = info.metrics
-    name = "residual_norms" if hasattr(metrics, "residual_norms") else "residual_norm"
-    if not hasattr(metrics, name):
-        got = f"metrics of type {type(metrics).__name__}"
-        raise _checks.fail(function, got, "a field residual_norms")
-    residual_norms = getattr(metrics, name)
+    residual_norms = getattr(info.metrics, "residual_norm", None)
+    if residual_norms is None:
+        got = f"metrics of type {type(info.metrics).__name__}"
+        raise _checks.fail(function, got, "a field residual_norm")
     if shape is not None:
-        _checks.check_shape(function, name, residual_norms, shape)
+        _checks.check_shape(function, "residual_norm", residual_norms, shape)
     return residual_norms
