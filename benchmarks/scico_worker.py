@@ -9,11 +9,12 @@ CPU and wall seconds of one call for the whole batch.
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scico.linop.xray import XRayTransform2D
+from scico.linop.xray import XRayTransform2D  # pyright: ignore[reportMissingImports]
 
 
 def main(path: str) -> None:
@@ -34,7 +35,8 @@ def main(path: str) -> None:
     error = np.linalg.norm(operator(jnp.asarray(data["phantom"])) - reference)
     about = {"error_bins": float(error / np.linalg.norm(reference))}
     for name, call in compiled.items():
-        about[f"{name}_bytes"] = call.memory_analysis().temp_size_in_bytes
+        memory: Any = call.memory_analysis()
+        about[f"{name}_bytes"] = memory.temp_size_in_bytes
         jax.block_until_ready(call(calls[name][1]))
     print(json.dumps(about), flush=True)
     for line in sys.stdin:

@@ -42,8 +42,8 @@ def run(size: str) -> list[dict[str, Any]]:
     geometry = tomography.ParallelBeam((pixels, pixels), bins)
     rows = speed(geometry, data, repeats, with_scico=size == "full")
     rows += accuracy(geometry, data)
-    for shape in ROUNDS[size]:
-        rows += federated_round(*shape, repeats)
+    for pixels, views, bins in ROUNDS[size]:
+        rows += federated_round(pixels, views, bins, repeats)
     return rows
 
 
@@ -80,7 +80,8 @@ def library(project, geometry, data):
 
     first = jax.jit(forward).lower(images, angles).compile()
     second = jax.jit(adjoint).lower(sinograms, angles).compile()
-    memory = [c.memory_analysis().temp_size_in_bytes / 1e6 for c in (first, second)]
+    analyses: list[Any] = [first.memory_analysis(), second.memory_analysis()]
+    memory = [analysis.temp_size_in_bytes / 1e6 for analysis in analyses]
     error = relative_error(
         jax.jit(project, static_argnums=0)(geometry, data["phantom"], angles), data
     )
@@ -90,7 +91,7 @@ def library(project, geometry, data):
 
 def astra_linear(data):
     """Return ASTRA's calls for the batch, what is to be told about it, and its matrix."""
-    import astra
+    import astra  # pyright: ignore[reportMissingImports]
 
     views, bins = data["sinograms"].shape[1:]
     rows, columns = data["phantom"].shape
@@ -209,7 +210,7 @@ def speed(geometry, data, repeats, *, with_scico) -> list[dict[str, Any]]:
     for name, (_, about) in designs.items():
         pair = times[f"{name} forward"], times[f"{name} adjoint"]
         cpu = [m.cpu_median for m in pair]
-        if name == "scico":  # its processor time is spent in its own process
+        if name == "scico" and worker is not None:  # its processor time is spent in its own process
             cpu = [float(np.median(worker.cpu[part][1:])) for part in ("forward", "adjoint")]
         rows.append(
             {
