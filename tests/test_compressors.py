@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlr import subspace
+from fedlr import subspace, tucker
 from fedlr.federated import compressors
 
 
@@ -67,6 +67,39 @@ def test_ranks_above_the_largest_are_not_counted(update, key):
     low_rank = compressors.truncated_tucker((2, 2, 2))
     message, _ = send(low_rank, update, jnp.array([9, 9, 9], jnp.int32), key=key)
     assert compressors.message_bytes(message) == 8 * (8 + 2 * (3 + 4 + 5))
+
+
+def message_of(size, rank):
+    """A Tucker message of a square image, without the work of a decomposition."""
+    core, factor = jnp.zeros((rank, rank), jnp.float32), jnp.zeros((size, rank), jnp.float32)
+    tensor = tucker.TuckerTensor(core, (factor, factor))
+    return compressors.TuckerMessage(tensor, jnp.array([rank, rank], jnp.int32))
+
+
+@pytest.mark.parametrize(("size", "largest"), [(250, 103), (100, 41)])
+def test_messages_are_smaller_than_the_image_up_to_the_stated_rank(size, largest):
+    """r^2 + 2 n r < n^2 where r < n (sqrt(2) - 1)."""
+    below, above = (
+        int(compressors.message_bytes(message_of(size, rank))) for rank in (largest, largest + 1)
+    )
+    assert below < 4 * size**2 < above
+
+
+def test_compression_ratios_are_the_stated_ones():
+    ratios = [
+        250**2 * 4 / int(compressors.message_bytes(message_of(250, rank)))
+        for rank in (20, 40, 60, 80, 100)
+    ]
+    np.testing.assert_allclose(ratios, [6.01, 2.89, 1.86, 1.35, 1.042], atol=5e-3)
+
+
+def test_diagonal_cores_save_up_to_a_larger_rank():
+    def sent(rank):
+        vectors, values = jnp.zeros((250, rank), jnp.float32), jnp.zeros(rank, jnp.float32)
+        message = compressors.SVDMessage(vectors, values, vectors, jnp.int32(rank))
+        return int(compressors.message_bytes(message))
+
+    assert sent(124) < 4 * 250**2 < sent(125)
 
 
 def test_diagonal_core_gives_the_same_matrix_in_fewer_bytes(rng, key):
