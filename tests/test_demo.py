@@ -4,7 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from scipy import ndimage
+
+from benchmarks import reconstruction
+from demo import __main__ as demo
+from fedlr import phantoms
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,3 +45,25 @@ def test_demo_writes_its_table_picture_and_figures(tmp_path):
         assert len(row["psnr"]) == 12
         assert row["best_psnr"] == max(row["psnr"])
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "psnr", "gaussian_window", "uniform_window"),
+    [("noisy", 20.0048, 0.18780, 0.19756), ("blurred", 22.1129, 0.88229, 0.88712)],
+)
+def test_metrics_have_the_stated_values(kind, psnr, gaussian_window, uniform_window):
+    truth = phantoms.rasterize(phantoms.modified_shepp_logan(dtype="float32"), 256)
+    if kind == "noisy":
+        noise = np.random.default_rng(0).standard_normal(truth.shape)
+        image = truth + jnp.asarray(0.1 * noise, jnp.float32)
+    else:
+        image = jnp.asarray(ndimage.gaussian_filter(np.asarray(truth), 2.0))
+    image, truth = image[None], truth[None]
+    arrays = np.asarray(image), np.asarray(truth)
+    assert demo.psnr(*arrays) == pytest.approx(psnr, abs=1e-4)
+    assert reconstruction.psnr(image, truth) == pytest.approx(psnr, abs=1e-4)
+    # The metric of the plots' package mixes dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        similarity = demo.ssim(image[None], truth)[0]
+    assert similarity == pytest.approx(gaussian_window, abs=1e-4)
+    assert reconstruction.ssim(*arrays) == pytest.approx(uniform_window, abs=1e-4)
