@@ -126,8 +126,7 @@ def tucker_peers(data: np.ndarray, rank: int, *, slow: bool) -> dict[str, Callab
     """Return what is installed of the peers, each giving (core, factors)."""
     peers, ranks = {}, [rank] * data.ndim
     if importlib.util.find_spec("pyttb"):
-        import pyttb
-
+        pyttb: Any = importlib.import_module("pyttb")
         tensor = pyttb.tensor(np.asfortranarray(data))
 
         def hosvd() -> tuple:
@@ -143,7 +142,7 @@ def tucker_peers(data: np.ndarray, rank: int, *, slow: bool) -> dict[str, Callab
 
         peers |= {"pyttb hosvd": hosvd, "pyttb tucker_als": als}
     if importlib.util.find_spec("tensorly"):
-        from tensorly import decomposition
+        decomposition: Any = importlib.import_module("tensorly.decomposition")
 
         def randomized() -> tuple:
             return decomposition.tucker(data, ranks, svd="randomized_svd", random_state=0)

@@ -91,7 +91,7 @@ def library(project, geometry, data):
 
 def astra_linear(data):
     """Return ASTRA's calls for the batch, what is to be told about it, and its matrix."""
-    import astra  # pyright: ignore[reportMissingImports]
+    astra: Any = importlib.import_module("astra")
 
     views, bins = data["sinograms"].shape[1:]
     rows, columns = data["phantom"].shape
