@@ -44,6 +44,12 @@ def check_mode(function: str, mode: int, ndim: int) -> None:
         raise fail(function, f"mode {mode!r}", f"an integer from 0 to {ndim - 1}")
 
 
+def check_count(function: str, name: str, count: int, minimum: int = 1) -> None:
+    """Refuse a count that is not an integer from `minimum`."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < minimum:
+        raise fail(function, f"{name} {count!r}", f"an integer from {minimum}")
+
+
 def check_rank(function: str, rank: int, maximum: int, name: str = "rank") -> None:
     """Refuse a rank that is not an integer in ``1 .. maximum``."""
     if (

@@ -74,8 +74,7 @@ def iterate(
         >>> int(info.num_iters), bool(info.converged), info.objective[:3].tolist()
         (9, True, [17.0, 5.0, 2.0])
     """
-    if isinstance(max_iters, bool) or not isinstance(max_iters, (int, np.integer)) or max_iters < 1:
-        raise _checks.fail("iterate", f"max_iters {max_iters!r}", "an integer from 1")
+    _checks.check_count("iterate", "max_iters", max_iters)
     if isinstance(tol, bool) or not isinstance(tol, (int, float, np.number)) or not _in_range(tol):
         raise _checks.fail("iterate", f"tol {tol!r}", "a finite Python number from 0")
     init = jax.tree.map(jnp.asarray, init)

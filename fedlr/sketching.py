@@ -274,7 +274,7 @@ def range_finder(
     _checks.check_ndim("range_finder", "matrix", matrix, 2)
     _checks.check_floating("range_finder", matrix=matrix)
     _checks.check_rank("range_finder", size, min(matrix.shape), name="size")
-    _check_count("range_finder", "power_iters", power_iters)
+    _checks.check_count("range_finder", "power_iters", power_iters, 0)
     sketch = matrix @ test_matrix(matrix.shape[1], size, key=key, dtype=matrix.dtype)
 
     def power_step(basis: Array, _: None) -> tuple[Array, None]:
@@ -332,7 +332,7 @@ def randomized_svd(
     _checks.check_ndim("randomized_svd", "matrix", matrix, 2)
     _checks.check_floating("randomized_svd", matrix=matrix)
     _checks.check_rank("randomized_svd", rank, min(matrix.shape))
-    _check_count("randomized_svd", "oversampling", oversampling)
+    _checks.check_count("randomized_svd", "oversampling", oversampling, 0)
     size = min(rank + oversampling, *matrix.shape)
     basis = range_finder(matrix, size, power_iters=power_iters, test_matrix=test_matrix, key=key)
     right, triangle = jnp.linalg.qr((basis.T @ matrix).T)
@@ -368,9 +368,3 @@ def _check_dtype(function: str, dtype: DTypeLike) -> None:
     """Refuse a dtype other than float32 and float64."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise _checks.fail(function, f"dtype {jnp.dtype(dtype)}", "float32 or float64")
-
-
-def _check_count(function: str, name: str, count: int) -> None:
-    """Refuse a count that is not an integer from 0."""
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-        raise _checks.fail(function, f"{name} {count!r}", "an integer from 0")

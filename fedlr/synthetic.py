@@ -42,15 +42,14 @@ def uniform_angles(num_angles: int, *, dtype=jnp.float32) -> Float[Array, " angl
         The angles ``k pi / num_angles``, shape (num_angles,).
 
     Raises:
-        ValueError: If `num_angles` is less than 1.
+        ValueError: If `num_angles` is not a positive integer.
 
     Example:
         >>> from fedlr import synthetic
         >>> synthetic.uniform_angles(4).shape
         (4,)
     """
-    if num_angles < 1:
-        raise _checks.fail("uniform_angles", f"num_angles {num_angles}", "at least 1")
+    _checks.check_count("uniform_angles", "num_angles", num_angles)
     return jnp.linspace(0.0, jnp.pi, num_angles, endpoint=False, dtype=dtype)
 
 

@@ -73,10 +73,13 @@ def test_temporary_memory_of_a_fold_does_not_grow_with_the_cohort():
 
 
 def test_wrong_chunks_and_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"map_clients: got chunk_size 0, expected a positive"):
+    with pytest.raises(ValueError, match=r"map_clients: got chunk_size 0, expected an integer"):
         execution.map_clients(jnp.sum, jnp.zeros(3), chunk_size=0)
-    with pytest.raises(ValueError, match=r"map_clients: got leading axes \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"map_clients: got leading axes \[\(2,\), \(3,\)\]"):
         execution.map_clients(jnp.add, jnp.zeros(3), jnp.zeros(2))
+    for nobody in (jnp.zeros((0, 3)), jnp.zeros(())):
+        with pytest.raises(ValueError, match=r"map_clients: got leading axes .* at least 1"):
+            execution.map_clients(jnp.sum, nobody)
 
 
 def test_default_chunk_is_one_client_on_cpu():

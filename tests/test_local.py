@@ -105,7 +105,7 @@ def test_adaptive_optimizers_keep_float32(data, weights, key):
 
 @pytest.mark.parametrize("counts", [{"num_steps": 0}, {"num_steps": 1, "batch_size": 0}])
 def test_counts_below_one_are_refused(counts):
-    with pytest.raises(ValueError, match=r"local_sgd: got .* 0, expected a positive integer"):
+    with pytest.raises(ValueError, match=r"local_sgd: got .* 0, expected an integer from 1"):
         local.local_sgd(squared_error, optax.sgd(0.1), **counts)
 
 

@@ -49,7 +49,8 @@ def map_clients(
         The results, stacked along a leading axis (cohort,). This memory grows with the cohort.
 
     Raises:
-        ValueError: If the leading axes differ or the chunk size is not a positive integer.
+        ValueError: If the leading axes differ or are empty, or the chunk size is not a positive
+            integer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,7 +86,8 @@ def fold_clients(
         The last carry, and the outputs stacked along a leading axis (cohort,).
 
     Raises:
-        ValueError: If the leading axes differ or the chunk size is not a positive integer.
+        ValueError: If the leading axes differ or are empty, or the chunk size is not a positive
+            integer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,12 +116,12 @@ def fold_clients(
 def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
     """Scan over chunks of vmapped clients; `fold` joins messages with the first argument."""
     chunk_size = default_chunk_size() if chunk_size is None else chunk_size
-    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(args)}
-    if len(lengths) != 1:
-        raise _checks.fail(name, f"leading axes {sorted(lengths)}", "one cohort length")
-    length = lengths.pop()
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise _checks.fail(name, f"chunk_size {chunk_size!r}", "a positive integer")
+    _checks.check_count(name, "chunk_size", chunk_size)
+    shapes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args)}
+    if len(shapes) != 1 or not shapes.isdisjoint({(), (0,)}):
+        got = f"leading axes {sorted(shapes)}"
+        raise _checks.fail(name, got, "one cohort length, at least 1")
+    ((length,),) = shapes
     chunk = min(chunk_size, length)
     num_chunks = -(-length // chunk)
     padding = num_chunks * chunk - length

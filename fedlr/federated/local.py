@@ -99,9 +99,9 @@ def local_sgd(
         McMahan et al. 2017, arXiv 1602.05629, Algorithm 1, ClientUpdate. There a client runs whole
         epochs; here all clients run the same number of steps and the weights stay n_k.
     """
-    _check_count("local_sgd", "num_steps", num_steps)
+    _checks.check_count("local_sgd", "num_steps", num_steps)
     if batch_size is not None:
-        _check_count("local_sgd", "batch_size", batch_size)
+        _checks.check_count("local_sgd", "batch_size", batch_size)
 
     def update(params, client_state, data, *, key):
         (num_samples,) = data.targets.shape[:1]
@@ -280,7 +280,7 @@ def operator_norm(
         >>> local.operator_norm(lambda w, s: s * w, data, jnp.zeros(4), key=jax.random.key(0))
         Array(9., dtype=float32)
     """
-    _check_count("operator_norm", "num_iters", num_iters)
+    _checks.check_count("operator_norm", "num_iters", num_iters)
     _checks.check_floating("operator_norm", image=image)
     start = jnp.abs(jax.random.normal(key, jnp.shape(image), jnp.result_type(image)))
     tiny = jnp.finfo(start.dtype).tiny
@@ -351,8 +351,3 @@ def _residual(function, prediction, data):
     _checks.check_mask(function, mask, targets.shape[: mask.ndim])
     mask = mask.reshape(mask.shape + (1,) * (targets.ndim - mask.ndim))
     return jnp.where(mask, prediction - targets, 0.0)
-
-
-def _check_count(function, name, count):
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise _checks.fail(function, f"{name} {count!r}", "a positive integer")
