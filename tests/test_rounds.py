@@ -215,16 +215,17 @@ def wrong_update(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda u, s, m: (u[:2], s, m), r"compose: got update .*float64\[2\], expected .*\[3\]"),
-        (lambda u, s, m: (u.astype("float32"), s, m), r"compose: got update .*float32\[3\]"),
-        (lambda u, _, m: (u, (u,), m), r"compose: got client state"),
-        (lambda u, s, _: (u, s, ()), r"compose: got metrics of type tuple, expected .* `loss`"),
-        (lambda u, s, _: (u, s, {"loss": u}), r"compose: got metrics of type dict"),
+        (lambda u, s, m: (u[:1], s, m), r"got update .*float64\[1\], expected .*\[3\]"),
+        (lambda u, s, m: (u.astype("float32"), s, m), r"got update .*float32\[3\]"),
+        (lambda u, _, m: (u, (u,), m), r"got client state"),
+        (lambda u, s, _: (u, s, ()), r"got metrics of type tuple, expected .* `loss`"),
+        (lambda u, s, _: (u, s, {"loss": u}), r"got metrics of type dict"),
     ],
 )
 def test_local_updates_of_another_shape_are_refused(change, message, data, weights):
-    with pytest.raises(ValueError, match=message):
-        one_round(fedavg.build(wrong_update(change)), weights, data)
+    for name, build in {"compose": fedavg.build, "local_only": local_only.build}.items():
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            one_round(build(wrong_update(change)), weights, data)
 
 
 def test_parts_and_arguments_that_do_not_fit_are_refused(data, weights, average):
@@ -232,7 +233,7 @@ def test_parts_and_arguments_that_do_not_fit_are_refused(data, weights, average)
     halving = compressors.identity()._replace(decompress=lambda message: message[:2])
     with pytest.raises(ValueError, match=r"compose: got decompressed update"):
         one_round(fedavg.build(descent(), compressor=halving), weights, data)
-    with pytest.raises(ValueError, match=r"compose: got chunk_size 0, expected a positive"):
+    with pytest.raises(ValueError, match=r"compose: got chunk_size 0, expected an integer"):
         fedavg.build(descent(), chunk_size=0)
     for algorithm in (average, local_only.build(descent())):
         with pytest.raises(ValueError, match=r"init: got params of dtype float16"):
@@ -250,7 +251,7 @@ def test_parts_and_arguments_that_do_not_fit_are_refused(data, weights, average)
 def test_numbers_of_rounds_and_clients_that_make_no_run_are_refused(drive, data, weights, average):
     name, key = drive.__name__, jax.random.key(0)
     state = average.init(weights, data, key=key)
-    with pytest.raises(ValueError, match=rf"{name}: got num_rounds 0, expected a positive"):
+    with pytest.raises(ValueError, match=rf"{name}: got num_rounds 0, expected an integer"):
         drive(average, state, data, num_rounds=0, key=key)
     with pytest.raises(ValueError, match=rf"{name}: got cohort_size 5, expected .* 1 to 4"):
         drive(average, state, data, num_rounds=1, cohort_size=5, key=key)

@@ -42,8 +42,9 @@ def build(
         cohort.
 
     Raises:
-        ValueError: While tracing, if a param is not float32 or float64, or a cohort does not fit
-            the clients.
+        ValueError: While tracing, if a param is not float32 or float64, the update does not have
+            the structure, shapes and dtypes of the params, a client state changes its own, the
+            metrics have no scalar `loss`, or a cohort does not fit the clients.
 
     Example:
         >>> import jax
@@ -83,8 +84,10 @@ def build(
 
         def one_client(client, params, own, data):
             client_key = jax.random.fold_in(key, client)
-            update, own, metrics = local_update(params, own, data, key=client_key)
-            return jax.tree.map(jnp.add, params, update), own, metrics
+            update, new, metrics = local_update(params, own, data, key=client_key)
+            protocol.check_like("local_only", "update", update, params)
+            protocol.check_like("local_only", "client state", new, own)
+            return jax.tree.map(jnp.add, params, update), new, metrics
 
         rows = clients_.take((state.params, state.clients, clients), cohort)
         members = jnp.asarray(cohort, jnp.int32)
@@ -93,7 +96,7 @@ def build(
         )
         nothing = jnp.zeros(members.shape, jnp.int32)
         info = protocol.RoundInfo(
-            losses=metrics["loss"] if isinstance(metrics, dict) else metrics.loss,
+            losses=protocol.losses("local_only", metrics, len(members)),
             weights=clients_.take(clients_.num_examples(clients), cohort),
             uplink_bytes=nothing,
             downlink_bytes=nothing,

@@ -6,7 +6,11 @@ update, a compressor) are written for one client, without that axis; the round m
 
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from fedlr import _checks
 
 __all__ = [
     "Aggregator",
@@ -20,6 +24,8 @@ __all__ = [
     "Round",
     "RoundInfo",
     "ServerUpdate",
+    "check_like",
+    "losses",
 ]
 
 
@@ -174,3 +180,50 @@ class ServerUpdate(NamedTuple):
 
     init: Any
     apply: Any
+
+
+def check_like(function: str, name: str, tree: PyTree, like: PyTree) -> None:
+    """Refuse a pytree that differs from another in structure, shapes or dtypes.
+
+    Args:
+        function: Name of the caller, for the message.
+        name: What the pytree is, for the message.
+        tree: The pytree.
+        like: What it must be like.
+
+    Raises:
+        ValueError: If it is not.
+    """
+
+    def describe(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+    got, expected = describe(tree), describe(like)
+    if got != expected:
+        words = [
+            f"{structure} of " + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in leaves)
+            for structure, leaves in (got, expected)
+        ]
+        raise _checks.fail(function, f"{name} {words[0]}", words[1])
+
+
+def losses(function: str, metrics: Any, size: int) -> Float[Array, " cohort"]:
+    """Return the loss of every cohort member from the stacked metrics of a local update.
+
+    Args:
+        function: Name of the caller, for the message.
+        metrics: Metrics with a field or key `loss`.
+        size: Number of cohort members.
+
+    Returns:
+        The losses, shape (size,).
+
+    Raises:
+        ValueError: If there is no scalar loss for every member.
+    """
+    loss = metrics.get("loss") if isinstance(metrics, dict) else getattr(metrics, "loss", None)
+    if loss is None or jnp.shape(loss) != (size,):
+        got = f"metrics of type {type(metrics).__name__}"
+        raise _checks.fail(function, got, "metrics with a scalar `loss`")
+    return loss

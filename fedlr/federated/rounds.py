@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def compose(
         True
     """
     if chunk_size is not None:
-        _check_count("compose", "chunk_size", chunk_size)
+        _checks.check_count("compose", "chunk_size", chunk_size)
 
     def init(params, clients, *, key):
         del key
@@ -150,15 +150,15 @@ def compose(
             update, local_state, metrics = local_update(
                 state.params, memory.local, data, key=keys[0]
             )
-            _check_like("update", update, state.params)
+            protocol.check_like("compose", "update", update, state.params)
             message, compressor_state = compressor.compress(update, memory.compressor, key=keys[1])
             new_memory = ClientMemory(local_state, compressor_state)
-            _check_like("client state", new_memory, memory)
+            protocol.check_like("compose", "client state", new_memory, memory)
             return message, (new_memory, metrics, compressors.message_bytes(message))
 
         def decompress(message):
             update = compressor.decompress(message)
-            _check_like("decompressed update", update, state.params)
+            protocol.check_like("compose", "decompressed update", update, state.params)
             return update
 
         weights = clients_.take(client_weights(clients), cohort)
@@ -195,7 +195,7 @@ def compose(
             (state.params, state.server),
         )
         info = protocol.RoundInfo(
-            losses=_losses(metrics, size),
+            losses=protocol.losses("compose", metrics, size),
             weights=weights,
             uplink_bytes=uplink_bytes,
             downlink_bytes=jnp.full((size,), compressors.message_bytes(state.params)),
@@ -368,7 +368,7 @@ def simulate(
     """
     _check_run("simulate", clients, num_rounds, cohort_size)
     length = min(num_rounds, 10) if segment_rounds is None else segment_rounds
-    _check_count("simulate", "segment_rounds", length)
+    _checks.check_count("simulate", "segment_rounds", length)
     _check_data(clients)
     memory = () if stop is None else stopping.as_rule(stop).init()
     records, done, stopped = (), 0, False
@@ -446,41 +446,11 @@ def _one_round(algorithm, state, clients, key, cohort_size):
     return algorithm.round(state, clients, cohort, key=round_key)
 
 
-def _losses(metrics: Any, size: int) -> Array:
-    """Return the loss of every member from metrics with a field or key `loss`."""
-    loss = metrics.get("loss") if isinstance(metrics, dict) else getattr(metrics, "loss", None)
-    if loss is None or jnp.shape(loss) != (size,):
-        got = f"metrics of type {type(metrics).__name__}"
-        raise _checks.fail("compose", got, "metrics with a scalar `loss`")
-    return loss
-
-
-def _check_like(name: str, tree: PyTree, like: PyTree) -> None:
-    """Refuse a pytree that differs from another in structure, shapes or dtypes."""
-
-    def describe(tree):
-        leaves, structure = jax.tree.flatten(tree)
-        return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-
-    got, expected = describe(tree), describe(like)
-    if got != expected:
-        words = [
-            f"{structure} of " + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in leaves)
-            for structure, leaves in (got, expected)
-        ]
-        raise _checks.fail("compose", f"{name} {words[0]}", words[1])
-
-
 def _check_run(function: str, clients: PyTree, num_rounds: int, cohort_size: int | None) -> None:
-    _check_count(function, "num_rounds", num_rounds)
+    _checks.check_count(function, "num_rounds", num_rounds)
     count = clients_.num_clients(clients)
     if cohort_size is not None:
         _checks.check_rank(function, cohort_size, count, name="cohort_size")
-
-
-def _check_count(function: str, name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise _checks.fail(function, f"{name} {count!r}", "a positive integer")
 
 
 def _check_data(clients: PyTree) -> None:
