@@ -54,7 +54,7 @@ def unfold(x: Shaped[Array, "..."], mode: int) -> Shaped[Array, "rows columns"]:
         [4, 5, 6, 7, 16, 17, 18, 19]
     """
     _checks.check_mode("unfold", mode, jnp.ndim(x))
-    columns = math.prod(x.shape) // x.shape[mode] if x.shape[mode] else 0
+    columns = math.prod(x.shape[:mode] + x.shape[mode + 1 :])
     return jnp.moveaxis(x, mode, 0).reshape(x.shape[mode], columns)
 
 
@@ -84,8 +84,7 @@ def fold(
     shape = tuple(shape)
     _checks.check_mode("fold", mode, len(shape))
     others = shape[:mode] + shape[mode + 1 :]
-    columns = math.prod(others) if shape[mode] else 0
-    _checks.check_shape("fold", "matrix", matrix, (shape[mode], columns))
+    _checks.check_shape("fold", "matrix", matrix, (shape[mode], math.prod(others)))
     return jnp.moveaxis(matrix.reshape(shape[mode], *others), 0, mode)
 
 
@@ -256,14 +255,16 @@ def mttkrp(
 
     start, stop = _side(x.shape, mode)
     side = _khatri_rao(factors[start:stop])
+    length, rank = side.shape
+    kept = x.shape[stop:] if start == 0 else x.shape[:start]
     if start == 0:
         # The rank axis stays in front: half the time of the transposed product on a CPU.
-        partial = (side.T @ x.reshape(side.shape[0], -1)).reshape(-1, *x.shape[stop:])
+        partial = (side.T @ x.reshape(length, math.prod(kept))).reshape(rank, *kept)
         rest = range(stop, ndim)
         for other in reversed([m for m in rest if m != mode]):
             partial = _weighted_sum(partial, factors[other].T, 0, other - stop + 1)
         return partial.T
-    partial = (x.reshape(-1, side.shape[0]) @ side).reshape(*x.shape[:start], -1)
+    partial = (x.reshape(math.prod(kept), length) @ side).reshape(*kept, rank)
     for other in reversed([m for m in range(start) if m != mode]):
         partial = _weighted_sum(partial, factors[other], partial.ndim - 1, other)
     return partial
@@ -297,7 +298,7 @@ def gram(x: Float[Array, "..."], mode: int) -> Float[Array, "rows rows"]:
     _checks.check_floating("gram", x=x)
     _checks.check_mode("gram", mode, jnp.ndim(x))
     if mode == x.ndim - 1:
-        flat = x.reshape(-1, x.shape[mode])
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         return flat.T @ flat
     flat = unfold(x, mode)
     return flat @ flat.T
@@ -306,17 +307,18 @@ def gram(x: Float[Array, "..."], mode: int) -> Float[Array, "rows rows"]:
 def _mode_dot(x: Array, matrix: Array, mode: int) -> Array:
     """Multiply along one mode, arguments checked."""
     before, after = x.shape[:mode], x.shape[mode + 1 :]
+    size, new_size = x.shape[mode], matrix.shape[0]
+    height, width = math.prod(before), math.prod(after)
     if mode == 0:
-        return (matrix @ x.reshape(x.shape[0], -1)).reshape(-1, *after)
+        return (matrix @ x.reshape(size, width)).reshape(new_size, *after)
     if mode == x.ndim - 1:
-        return (x.reshape(-1, x.shape[-1]) @ matrix.T).reshape(*before, -1)
-    width = math.prod(after)
+        return (x.reshape(height, size) @ matrix.T).reshape(*before, new_size)
     if width < _NARROW:
         product = matrix @ unfold(x, mode)
-        return jnp.moveaxis(product.reshape(-1, *before, *after), 0, mode)
-    blocks = x.reshape(math.prod(before), x.shape[mode], width)
-    stacked = jnp.broadcast_to(matrix, (blocks.shape[0], *matrix.shape))
-    return jnp.matmul(stacked, blocks).reshape(*before, matrix.shape[0], *after)
+        return jnp.moveaxis(product.reshape(new_size, *before, *after), 0, mode)
+    blocks = x.reshape(height, size, width)
+    stacked = jnp.broadcast_to(matrix, (height, *matrix.shape))
+    return jnp.matmul(stacked, blocks).reshape(*before, new_size, *after)
 
 
 def _priority(mode: int, ndim: int, size: int, new_size: int) -> tuple[int, float]:
@@ -357,7 +359,8 @@ def _khatri_rao(factors: Sequence[Array]) -> Array:
     """Multiply column by column, arguments checked."""
     product = factors[0]
     for factor in factors[1:]:
-        product = (product[:, None, :] * factor[None, :, :]).reshape(-1, factor.shape[1])
+        rows = product.shape[0] * factor.shape[0]
+        product = (product[:, None, :] * factor[None, :, :]).reshape(rows, factor.shape[1])
     return product
 
 

@@ -46,6 +46,18 @@ def test_unfold_and_fold_keep_an_empty_mode():
         assert multilinear.fold(matrix, mode, x.shape).shape == x.shape
 
 
+@pytest.mark.parametrize("mode", range(3))
+@pytest.mark.parametrize("shape", [(3, 0, 5), (0, 4, 5), (3, 4, 0)])
+def test_products_of_an_empty_tensor_are_zero(shape, mode):
+    x, matrix = jnp.zeros(shape), jnp.ones((6, shape[mode]))
+    product = multilinear.mode_dot(x, matrix, mode)
+    assert product.shape == (*shape[:mode], 6, *shape[mode + 1 :])
+    assert not product.any()
+    assert not multilinear.gram(x, mode).any()
+    factors = [jnp.ones((size, 2)) for size in shape]
+    assert not multilinear.mttkrp(x, factors, mode).any()
+
+
 @pytest.mark.parametrize(("shape", "mode"), CASES)
 def test_mode_dot_is_its_definition(rng, shape, mode):
     x, matrix = tensor(rng, shape), tensor(rng, (6, shape[mode]))
