@@ -14,8 +14,13 @@ def update(rng):
 
 def send(compressor, update, state=None, *, key):
     state = compressor.init(update) if state is None else state
-    message, state = compressor.compress(update, state, key=key)
-    return message, compressor.decompress(message)
+
+    @jax.jit
+    def there_and_back(update, state, key):
+        message, _ = compressor.compress(update, state, key=key)
+        return message, compressor.decompress(message)
+
+    return there_and_back(update, state, key)
 
 
 def bytes_of(*arrays):
@@ -33,6 +38,12 @@ def test_messages_beyond_two_gigabytes_are_refused():
     huge = jax.ShapeDtypeStruct((2**29,), jnp.float32)
     with pytest.raises(ValueError, match=r"message_bytes: got a message of 2147483648 bytes"):
         jax.eval_shape(compressors.message_bytes, huge)
+    tensor = tucker.TuckerTensor(jnp.zeros((1, 1)), (jnp.zeros((2, 1)), jnp.zeros((3, 1))))
+    message = compressors.TuckerMessage(
+        tensor._replace(core=huge), jax.ShapeDtypeStruct((2,), jnp.int32)
+    )
+    with pytest.raises(ValueError, match=r"message_bytes: got a message of 2147483696 bytes"):
+        jax.eval_shape(compressors.message_bytes, message)
 
 
 def test_full_ranks_are_lossless(update, key):
@@ -176,7 +187,9 @@ def test_updates_and_ranks_that_do_not_fit_are_refused(update):
     with pytest.raises(ValueError, match=r"truncated_tucker: got ranks \(2, 2, 6\)"):
         compressors.truncated_tucker((2, 2, 6)).init(update)
     with pytest.raises(ValueError, match=r"truncated_tucker: got ranks \[2, 2, 2\] of type list"):
-        compressors.truncated_tucker([2, 2, 2]).init(update)
+        compressors.truncated_tucker([2, 2, 2])
+    with pytest.raises(ValueError, match=r"truncated_tucker: got ranks 2 of type int"):
+        compressors.truncated_tucker(2)
     with pytest.raises(ValueError, match=r"truncated_svd: got rank 5, expected .* 1 to 4"):
         compressors.truncated_svd(5).init(update[0])
     with pytest.raises(ValueError, match=r"got both basis and random_basis, expected one"):

@@ -76,7 +76,7 @@ def message_bytes(message: PyTree) -> Int[Array, ""]:
         The bytes, int32, shape ().
 
     Raises:
-        ValueError: If the arrays together do not fit an int32 (2 GiB).
+        ValueError: If the arrays, padding included, do not fit an int32 (2 GiB).
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,16 +84,17 @@ def message_bytes(message: PyTree) -> Int[Array, ""]:
         >>> int(compressors.message_bytes({"w": jnp.zeros((3, 4), jnp.float32)}))
         48
     """
+
+    def size(node):
+        return sum(jnp.size(a) * jnp.result_type(a).itemsize for a in jax.tree.leaves(node))
+
+    # With its padding, so that no sum below can overflow.
+    if size(message) > np.iinfo(np.int32).max:
+        got = f"a message of {size(message)} bytes"
+        raise _checks.fail("message_bytes", got, "less than 2 GiB")
     nodes = jax.tree.leaves(message, is_leaf=_counts_itself)
-    static = sum(
-        jnp.size(node) * jnp.result_type(node).itemsize
-        for node in nodes
-        if not _counts_itself(node)
-    )
-    if static > np.iinfo(np.int32).max:
-        raise _checks.fail("message_bytes", f"a message of {static} bytes", "less than 2 GiB")
-    own = [node.sent_bytes for node in nodes if _counts_itself(node)]
-    return sum(own, start=jnp.asarray(static, jnp.int32))
+    own = [node.sent_bytes if _counts_itself(node) else size(node) for node in nodes]
+    return jnp.asarray(sum(own), jnp.int32)
 
 
 def identity() -> protocol.Compressor:
@@ -147,8 +148,8 @@ def truncated_tucker(
         A compressor. Its messages are `TuckerMessage` in the places of the truncated arrays.
 
     Raises:
-        ValueError: If both kinds of basis are given; while tracing, if no array of the update has
-            ``len(ranks)`` modes or a rank does not fit its mode.
+        ValueError: If `ranks` is no tuple or both kinds of basis are given; while tracing, if no
+            array of the update has ``len(ranks)`` modes or a rank does not fit its mode.
 
     Example:
         >>> import jax
@@ -165,6 +166,9 @@ def truncated_tucker(
     Reference:
         arXiv 2502.02761, client step. ``prod r_k + sum n_k r_k`` numbers instead of ``prod n_k``.
     """
+    if not isinstance(ranks, tuple):
+        got = f"ranks {ranks!r} of type {type(ranks).__name__}"
+        raise _checks.fail("truncated_tucker", got, "a tuple of ints")
     find = _finder("truncated_tucker", basis, random_basis)
 
     def encode(leaf, effective_ranks, key):
