@@ -124,6 +124,12 @@ def test_wrong_number_of_coefficients_is_refused(images, build):
         coupling.couple_with_multiplier(COEFFICIENTS, images, jnp.zeros(4))
 
 
+def test_one_image_alone_is_refused(images):
+    """Its coupling would be w_1 = 0."""
+    with pytest.raises(ValueError, match=r"couple: got 1 client, expected at least 2"):
+        coupling.couple(jnp.zeros(0), images[:1])
+
+
 def test_records_hold_the_relative_violation_of_what_entered(images):
     metrics = local.ReconstructionMetrics(jnp.arange(3.0), jnp.ones(3))
     sent = jnp.arange(3, dtype=jnp.int32)

@@ -149,7 +149,10 @@ def test_bad_input_is_refused(problem):
         algorithm.init(jnp.zeros((2, *SHAPE)), clients, key=key)
     with pytest.raises(ValueError, match="firm: got params of dtype int"):
         algorithm.init(jnp.zeros((3, *SHAPE), int), clients, key=key)
-    state = algorithm.init(jnp.asarray(images), clients, key=key)
+    one = jax.tree.map(lambda leaf: leaf[:1], clients)
+    with pytest.raises(ValueError, match="proximal_coupling: got 1 client, expected at least 2"):
+        firm.build(forward, jnp.zeros(0), step_size=STEP).init(images[:1], one, key=key)
+    state = algorithm.init(images.tolist(), clients, key=key)
     with pytest.raises(ValueError, match="firm: got cohort of 2 clients, expected all 3"):
         algorithm.round(state, clients, jnp.arange(2), key=key)
     with pytest.raises(ValueError, match="firm: got cohort with index 3"):

@@ -201,6 +201,7 @@ def build(
     couple = server(coefficients, lower=None)
 
     def init(params, clients, *, key):
+        params = jnp.asarray(params)
         _checks.check_floating("comp_jf", params=params)
         count = clients_.num_clients(clients)
         _checks.check_shape("comp_jf", "params", params, (count, *params.shape[1:]))

@@ -96,6 +96,7 @@ def build(
     couple = server(coefficients, lower=lower)
 
     def init(params, clients, *, key):
+        params = jnp.asarray(params)
         _checks.check_floating("firm", params=params)
         count = clients_.num_clients(clients)
         _checks.check_shape("firm", "params", params, (count, *params.shape[1:]))

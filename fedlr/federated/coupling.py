@@ -64,7 +64,7 @@ def constraint_residual(coefficients: Float[Array, " others"], stacked: Array) -
         The residual, shape of one image.
 
     Raises:
-        ValueError: If there are not N - 1 coefficients, or `stacked` is not float32 or float64.
+        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +99,7 @@ def couple(
         The coupled stack, shape (N, ...).
 
     Raises:
-        ValueError: If there are not N - 1 coefficients, or `stacked` is not float32 or float64.
+        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
 
     Example:
         >>> import jax.numpy as jnp
@@ -144,8 +144,8 @@ def couple_with_multiplier(
         The coupled stack, shape (N, ...), and the new multiplier.
 
     Raises:
-        ValueError: If there are not N - 1 coefficients, `stacked` is not float32 or float64, or the
-            multiplier does not have the shape of one image.
+        ValueError: If there are not N - 1 > 0 coefficients, `stacked` is not float32 or float64, or
+            the multiplier does not have the shape of one image.
 
     Example:
         >>> import jax.numpy as jnp
@@ -280,7 +280,7 @@ def round_info(
         A RoundInfo with weights 1 and `CoupledMetrics`.
 
     Raises:
-        ValueError: If there are not N - 1 coefficients, or `stacked` is not float32 or float64.
+        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
 
     Example:
         >>> import jax.numpy as jnp
@@ -310,6 +310,8 @@ def _signed(function, coefficients, stacked):
     """Return c~ = (c_1, ..., c_{N-1}, -1) in the dtype of the images."""
     _checks.check_floating(function, stacked=stacked)
     num_clients = jnp.shape(stacked)[0]
+    if num_clients < 2:
+        raise _checks.fail(function, f"{num_clients} client", "at least 2 to couple")
     coefficients = jnp.asarray(coefficients, stacked.dtype)
     shape = coefficients.shape
     if shape != (num_clients - 1,):
