@@ -128,8 +128,8 @@ def num_examples(clients: PyTree) -> Float[Array, " clients"]:
 def check_cohort(function: str, cohort: Int[Array, " cohort"], count: int) -> None:
     """Refuse a cohort that does not name distinct clients among `count`.
 
-    A traced cohort shows only its shape and dtype. Its indices are not checked: `take` clamps them
-    into the range and `put` drops what lies outside.
+    A traced cohort shows only its shape and dtype. Its indices are not checked: negative ones count
+    from the end, of all others outside the range `take` gets the last row and `put` drops them.
 
     Args:
         function: Name of the caller, for the message.
@@ -197,7 +197,7 @@ def take(tree: PyTree, cohort: Int[Array, " cohort"]) -> PyTree:
 
     Args:
         tree: Pytree whose leaves have a leading client axis.
-        cohort: Client indices, shape (cohort,). Traced indices out of range are clamped.
+        cohort: Client indices, shape (cohort,). Traced indices too large get the last row.
 
     Returns:
         The same pytree with leading axis (cohort,).
@@ -218,7 +218,7 @@ def put(tree: PyTree, cohort: Int[Array, " cohort"], values: PyTree) -> PyTree:
 
     Args:
         tree: Pytree whose leaves have a leading client axis.
-        cohort: Distinct client indices, shape (cohort,). Traced indices out of range are dropped.
+        cohort: Distinct client indices, shape (cohort,). Traced indices too large are dropped.
         values: Pytree of the same structure with leading axis (cohort,).
 
     Returns:
