@@ -8,10 +8,13 @@ from fedlr import synthetic, tomography
 GEOMETRY = tomography.ParallelBeam(shape=(20, 20), num_bins=29)
 
 
-def scan(sigma, key=0, dtype=jnp.float64):
-    return synthetic.multimodal_scans(
-        GEOMETRY, synthetic.uniform_angles(7, dtype=dtype), sigma=sigma, key=jax.random.key(key)
-    )
+@jax.jit
+def compiled(angles, sigma, key):
+    return synthetic.multimodal_scans(GEOMETRY, angles, sigma=sigma, key=key)
+
+
+def scan(sigma, key=0):
+    return compiled(synthetic.uniform_angles(7, dtype=jnp.float64), sigma, jax.random.key(key))
 
 
 def test_images_and_clean_sinograms_obey_the_coupling():
@@ -47,7 +50,8 @@ def test_key_decides_the_noise_and_sigma_zero_has_none():
 
 
 def test_dtype_is_that_of_the_angles():
-    scans = scan(0.1, dtype=jnp.float32)
+    angles = synthetic.uniform_angles(7, dtype=jnp.float32)
+    scans = jax.eval_shape(compiled, angles, 0.1, jax.random.key(0))
     assert {leaf.dtype for leaf in scans} == {jnp.dtype(jnp.float32)}
 
 
