@@ -224,7 +224,8 @@ def warm_started(previous: Sequence[Float[Array, "rows columns"]]) -> BasisFinde
     S is the first `rank` columns of ``previous[mode]``. If S is orthonormal the captured energy
     ``|S^T X|^2`` never falls. A column of S that the matrix maps to zero, up to eps, would stay
     where it is for ever: image borders without signal do that to columns of the identity. Such
-    columns are replaced by columns of a fixed dense matrix before the iteration.
+    columns are replaced by columns of a fixed dense matrix before the iteration. Entries whose
+    squares overflow or vanish in the dtype want scaling before.
 
     The derivative is that of this computation, previous factors included: right for functions of
     the span and finite, with the triangular factor of the QR decomposition inverted on its

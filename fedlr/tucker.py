@@ -180,7 +180,8 @@ def hooi(
     A sweep updates the modes in order, ``U_n <- orth(M (M^T U_n))`` with M the unfolding of X
     projected on all other factors: one subspace iteration in place of a singular value
     decomposition, which raises ``|G|`` or leaves it, as the full update does. The tensor is read
-    twice per sweep, whatever N: projections are shared along a binary tree of the modes.
+    twice per sweep, whatever N: projections are shared along a binary tree of the modes. Entries
+    whose squares overflow or vanish in the dtype want scaling before.
 
     Args:
         x: Tensor of N >= 1 modes, float32 or float64.
@@ -257,7 +258,7 @@ def relative_error(x: Float[Array, "..."], t: TuckerTensor) -> Float[Array, ""]:
     """Compute ``|X - Xhat| / |X|`` from the residual itself.
 
     The residual is formed in blocks of rows of the first mode, so no dense model is stored. It is
-    right to a few eps: the shortcut ``|X|^2 - |G|^2`` cancels below about 5e-4 in float32, is of
+    right to a few eps at any scale of the data: the shortcut ``|X|^2 - |G|^2`` cancels below about 5e-4 in float32, is of
     the same cost, and is therefore not used.
 
     Args:
@@ -320,12 +321,16 @@ def choose_ranks(x: Float[Array, "..."], tolerance: float) -> tuple[int, ...]:
         6; handing the unused budget on is common practice.
     """
     _checks.check_floating("choose_ranks", x=x)
-    _checks.check_ndim("choose_ranks", "x", x, 1, max(x.ndim, 1))
+    if x.ndim < 1:
+        raise _checks.fail("choose_ranks", f"x of shape {x.shape}", "at least one axis")
     _checks.check_finite("choose_ranks", "x", x)
     if not tolerance >= 0:
         raise _checks.fail("choose_ranks", f"tolerance {tolerance}", "a number of at least 0")
     eps = float(np.finfo(x.dtype).eps)
-    total = float(np.sum(np.square(np.asarray(x), dtype=np.float64)))
+    # Scaled by a power of two, which is exact, no square overflows or vanishes.
+    x = np.asarray(x)
+    x = np.ldexp(x, -np.frexp(np.abs(x).max(initial=0))[1])
+    total = float(np.sum(np.square(x, dtype=np.float64)))
     # The allowance for rounding keeps the promise with "at most".
     allowed = (1 - 100 * eps) * tolerance**2 * total / x.ndim
     core, ranks, unused = jnp.asarray(x), {}, 0.0
@@ -532,8 +537,13 @@ def _transposed(factor: Array) -> Array:
 
 
 def _energies(x: Array, t: TuckerTensor) -> tuple[Array, Array]:
-    """Sum the squares of ``X - Xhat`` and of X over blocks of rows of mode 0."""
+    """Sum the squares of ``X - Xhat`` and of X over blocks of rows of mode 0.
+
+    Both are in units of the largest square of X, so that they neither overflow nor vanish.
+    """
     rows = x.shape[0]
+    peak = lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    peak = jnp.where(peak == 0, 1, peak)
     others = multilinear.multi_mode_dot(t.core, t.factors[1:], range(1, x.ndim))
     others, flat = others.reshape(others.shape[0], -1), x.reshape(rows, -1)
     height = max(1, min(rows, _BLOCK_ENTRIES // max(1, flat.shape[1])))
@@ -541,6 +551,7 @@ def _energies(x: Array, t: TuckerTensor) -> tuple[Array, Array]:
     def of_block(start: Array | int, size: int) -> tuple[Array, Array]:
         block = lax.dynamic_slice_in_dim(flat, start, size)
         residual = block - lax.dynamic_slice_in_dim(t.factors[0], start, size) @ others
+        residual, block = residual / peak, block / peak
         return jnp.sum(residual * residual), jnp.sum(block * block)
 
     sums = lax.map(lambda start: of_block(start, height), height * jnp.arange(rows // height))

@@ -235,6 +235,17 @@ def test_relative_error_is_that_of_the_dense_residual(rng, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_errors_and_chosen_ranks_do_not_depend_on_the_scale(rng, scale):
+    x = rng.standard_normal((4, 5, 6)).astype(np.float32)
+    fit = tucker.sthosvd(jnp.asarray(x), (2, 2, 2))
+    scaled = jnp.asarray(x * np.float32(scale))
+    error = tucker.relative_error(jnp.asarray(x), fit)
+    scaled_fit = fit._replace(core=fit.core * np.float32(scale))
+    np.testing.assert_allclose(tucker.relative_error(scaled, scaled_fit), error, rtol=1e-5)
+    assert tucker.choose_ranks(scaled, 0.5) == tucker.choose_ranks(jnp.asarray(x), 0.5)
+
+
 def test_relative_error_of_zero(rng):
     zero = jax.tree.map(jnp.zeros_like, compiled("sthosvd", RANKS)(np.ones(SHAPE)))
     assert error_of(np.zeros(SHAPE), zero) == 0
