@@ -258,8 +258,8 @@ def relative_error(x: Float[Array, "..."], t: TuckerTensor) -> Float[Array, ""]:
     """Compute ``|X - Xhat| / |X|`` from the residual itself.
 
     The residual is formed in blocks of rows of the first mode, so no dense model is stored. It is
-    right to a few eps at any scale of the data: the shortcut ``|X|^2 - |G|^2`` cancels below about 5e-4 in float32, is of
-    the same cost, and is therefore not used.
+    right to a few eps at any scale of the data: the shortcut ``|X|^2 - |G|^2`` cancels below about
+    5e-4 in float32, is of the same cost, and is therefore not used.
 
     Args:
         x: Tensor of N >= 1 modes, float32 or float64.
@@ -328,12 +328,12 @@ def choose_ranks(x: Float[Array, "..."], tolerance: float) -> tuple[int, ...]:
         raise _checks.fail("choose_ranks", f"tolerance {tolerance}", "a number of at least 0")
     eps = float(np.finfo(x.dtype).eps)
     # Scaled by a power of two, which is exact, no square overflows or vanishes.
-    x = np.asarray(x)
-    x = np.ldexp(x, -np.frexp(np.abs(x).max(initial=0))[1])
-    total = float(np.sum(np.square(x, dtype=np.float64)))
+    data = np.asarray(x)
+    data = np.ldexp(data, -np.frexp(np.abs(data).max(initial=0))[1])
+    total = float(np.sum(np.square(data, dtype=np.float64)))
     # The allowance for rounding keeps the promise with "at most".
     allowed = (1 - 100 * eps) * tolerance**2 * total / x.ndim
-    core, ranks, unused = jnp.asarray(x), {}, 0.0
+    core, ranks, unused = jnp.asarray(data), {}, 0.0
     for mode in mode_order(x.shape):
         rotated, energies = _rotate(core, mode)
         # tails[r] is what a rank of r discards.
