@@ -35,6 +35,7 @@ class Case(NamedTuple):
     partial: Whether a cohort may leave clients out.
     symmetric: Whether permuted clients give the permuted result (no randomness per client).
     observe: `(state) -> pytree` of what is determined up to rounding (no signs of factors).
+    smooth: Whether a run can be differentiated (effective ranks of a truncation cannot).
     """
 
     build: Callable[[int | None], protocol.FederatedAlgorithm]
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     partial: bool = True
     symmetric: bool = True
     observe: Callable[[protocol.FederatedState], Any] = lambda state: state
+    smooth: bool = True
 
 
 def forward(image, inputs):
@@ -89,6 +91,7 @@ CASES = {
         ),
         zeros,
         (4 * (1 + 3 + 2), 24),
+        smooth=False,
     ),
     "local_only": Case(
         lambda chunk: local_only.build(
@@ -112,6 +115,7 @@ CASES = {
         False,
         False,
         comp_jf.images,
+        False,
     ),
     "comp_rand_jf": Case(
         coupled(comp_jf.build, ranks=(2, 2), joint_basis=comp_jf.sketched()),
@@ -120,6 +124,7 @@ CASES = {
         False,
         False,
         comp_jf.images,
+        False,
     ),
 }
 
@@ -271,6 +276,26 @@ def test_order_of_the_cohort_does_not_matter(setting):
     other, other_info = advance(setting.algorithm, setting.start, setting.data, order, key=key)
     reordered = jax.tree.map(lambda leaf: leaf[order], info)
     assert_same_run(setting.case, (other, other_info), (state, reordered))
+
+
+@pytest.mark.parametrize(
+    "setting", [name for name, case in CASES.items() if case.smooth], indirect=True
+)
+def test_gradient_of_everything_a_run_records_is_finite(setting):
+    """From zero images too, where norms in the record have no derivative."""
+
+    def total(params, targets):
+        data = setting.data._replace(targets=targets)
+        result = run.__wrapped__(setting.algorithm, params, data, key=jax.random.key(0))
+        leaves = [jnp.sum(leaf) for leaf in jax.tree.leaves(result) if leaf.dtype == jnp.float32]
+        return sum(leaves)
+
+    derivative = jax.jit(jax.grad(total, argnums=(0, 1)))
+    at_start, gradient = derivative(setting.params, setting.data.targets)
+    assert jnp.isfinite(at_start).all()
+    assert jnp.isfinite(gradient).all()
+    assert (gradient[setting.data.mask] != 0).all()
+    np.testing.assert_array_equal(gradient[~setting.data.mask], 0)
 
 
 @pytest.mark.parametrize(

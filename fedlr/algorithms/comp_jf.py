@@ -144,7 +144,8 @@ def build(
     `init` takes the stacked start tensors (clients, ...) as `params` (zeros are the usual start).
     The state's `params` is a `tucker.TuckerTensor`: cores (clients, *ranks) and the shared
     factors; `images(state)` forms the dense tensors. `round` needs every client in the cohort,
-    because the coupling ties all of them.
+    because the coupling ties all of them. A run has no derivative: `client_ranks` are traced, see
+    `tucker.sthosvd`.
 
     Bytes: a client sends its core and factors at its own ranks, and receives its core and the
     joint factors at `ranks`.

@@ -136,7 +136,7 @@ def truncated_tucker(
     Every array of the update with ``len(ranks)`` modes is sent as core and factors, all others as
     they are. The state of a client is its effective ranks, int32 (d,), at first `ranks`: they may
     be lowered for each client and in each round, and count in the bytes. Beyond them the message
-    is zero padding.
+    is zero padding. Being traced, they leave it without a derivative, see `tucker.sthosvd`.
 
     Args:
         ranks: Largest rank of every mode, *static*.
