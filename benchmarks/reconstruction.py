@@ -254,7 +254,7 @@ def speed(size: int, num_angles: int, rank: int, repeats: int) -> list[dict]:
     key = jax.random.key(0)
 
     @jax.jit
-    def project(images):
+    def project(images, clients):
         return execution.map_clients(
             lambda image, data: step(image, (), data, key=key)[0], images, clients
         )
@@ -266,7 +266,7 @@ def speed(size: int, num_angles: int, rank: int, repeats: int) -> list[dict]:
         "sketched everywhere": (accurate, accurate),
         "warm started": (comp_jf.warm_started(), comp_jf.warm_started()),
     }
-    calls = {"projections": partial(project, problem.truth)}
+    calls = {"projections": partial(project, problem.truth, clients)}
     for name, (joint, client) in kinds.items():
         algorithm = comp_jf.build(
             problem.forward,
@@ -278,8 +278,10 @@ def speed(size: int, num_angles: int, rank: int, repeats: int) -> list[dict]:
         )
         state = jax.jit(algorithm.init)(problem.truth, clients, key=key)
         state, _ = federated.run(algorithm, state, clients, num_rounds=2, key=key)
-        advance = jax.jit(lambda state, a=algorithm: a.round(state, clients, everyone, key=key)[0])
-        calls[name] = partial(advance, state)
+        advance = jax.jit(
+            lambda state, data, a=algorithm: a.round(state, data, everyone, key=key)[0]
+        )
+        calls[name] = partial(advance, state, clients)
     times = timing.measure(calls, repeats=repeats)
     base = times["projections"]
     return [
