@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks import timing
 from fedlr import phantoms, tomography
+from tests.reference import blobs
 
 CORES = None
 SIZES = {"small": (32, 12, 32, 2), "full": (256, 180, 256, 8)}  # pixels, views, bins, images
@@ -266,10 +267,9 @@ def accuracy(geometry, data) -> list[dict[str, Any]]:
         name = np.dtype(dtype).name
         rows.append({"accuracy": f"adjoint mismatch, all views, {name}", "value": everything})
         rows.append({"accuracy": f"adjoint mismatch, worst view, {name}", "value": worst})
-    blobs, size = phantoms.standard_blobs(dtype=jnp.float32), geometry.shape[0]
-    angles = jnp.asarray(data["angles"])
-    exact = np.asarray(phantoms.blob_sinogram(blobs, angles, geometry.num_bins, size), np.float64)
-    image = phantoms.rasterize_blobs(blobs, size)
+    angles, size = jnp.asarray(data["angles"]), geometry.shape[0]
+    exact = blobs.sinogram(blobs.STANDARD, data["angles"], geometry.num_bins, size)
+    image = jnp.asarray(blobs.rasterize(blobs.STANDARD, size), jnp.float32)
     for name, project in (
         ("joseph", tomography.project),
         ("fourier", tomography.fourier_project),

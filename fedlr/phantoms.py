@@ -1,4 +1,4 @@
-"""Ellipse and blob phantoms with closed-form sinograms, alone and in correlated multimodal sets.
+"""Ellipse phantoms with closed-form sinograms, alone and in correlated multimodal sets.
 
 A phantom lives in the square [-1, 1]^2, x to the right and y up. Rasterized on `size` pixels
 across, column j has its centre at x = (j - (size-1)/2) / (size/2) and row i at
@@ -19,20 +19,16 @@ from jaxtyping import Array, Float, Key
 from fedlr import _checks
 
 __all__ = [
-    "Blobs",
     "Ellipses",
-    "blob_sinogram",
     "combine",
     "coupled_phantoms",
     "modified_shepp_logan",
     "random_ellipses",
     "rasterize",
-    "rasterize_blobs",
     "reference_set",
     "rings_and_discs",
     "shepp_logan",
     "sinogram",
-    "standard_blobs",
 ]
 
 
@@ -54,22 +50,6 @@ class Ellipses(NamedTuple):
     center_x: Float[Array, " ellipses"]
     center_y: Float[Array, " ellipses"]
     rotation: Float[Array, " ellipses"]
-
-
-class Blobs(NamedTuple):
-    """Gaussian blobs a exp(-|x - x0|^2 / (2 g^2)), one entry per blob in every field.
-
-    Attributes:
-        amplitude: Height a.
-        center_x: Centre, positive to the right, in half widths of the square.
-        center_y: Centre, positive upwards.
-        width: Standard deviation g, in half widths of the square.
-    """
-
-    amplitude: Float[Array, " blobs"]
-    center_x: Float[Array, " blobs"]
-    center_y: Float[Array, " blobs"]
-    width: Float[Array, " blobs"]
 
 
 # A, B, x0, y0, rotation in degrees; the amplitudes are the two functions' own.
@@ -469,73 +449,3 @@ def sinogram(
 
     zeros = jnp.zeros((angles.shape[0], num_bins), angles.dtype)
     return jax.lax.scan(add_ellipse, zeros, ellipses)[0]
-
-
-def standard_blobs(*, dtype: DTypeLike = float) -> Blobs:
-    """Return four Gaussian blobs, a smooth object on which projectors show their order.
-
-    Args:
-        dtype: float32 or float64; *static*.
-
-    Returns:
-        Blobs (a, x0, y0, g): (1, .2, .1, .12), (.7, -.3, -.25, .08), (-.5, .1, -.4, .06),
-        (.6, -.2, .45, .1).
-    """
-    rows = [
-        (1.0, 0.2, 0.1, 0.12),
-        (0.7, -0.3, -0.25, 0.08),
-        (-0.5, 0.1, -0.4, 0.06),
-        (0.6, -0.2, 0.45, 0.1),
-    ]
-    return Blobs(*(jnp.array(column, dtype=dtype) for column in zip(*rows, strict=True)))
-
-
-def rasterize_blobs(blobs: Blobs, size: int) -> Float[Array, "size size"]:
-    """Sample blobs at the pixel centres of a square image.
-
-    Args:
-        blobs: Fields of shape (blobs,).
-        size: Pixels across; *static*.
-
-    Returns:
-        Image of shape (size, size) in the dtype of the blobs.
-    """
-    centers = _centers(size, blobs.amplitude.dtype)
-
-    def profile(center, points):
-        return jnp.exp(
-            -((points[None, :] - center[:, None]) ** 2) / (2 * blobs.width[:, None] ** 2)
-        )
-
-    across, down = profile(blobs.center_x, centers), profile(blobs.center_y, -centers)
-    return jnp.einsum("b,bi,bj->ij", blobs.amplitude, down, across, precision="highest")
-
-
-def blob_sinogram(
-    blobs: Blobs, angles: Float[Array, " angles"], num_bins: int, size: int
-) -> Float[Array, "angles num_bins"]:
-    """Compute the parallel-beam sinogram of blobs in closed form, at the bins' centres.
-
-    A blob contributes (size/2) a g sqrt(2 pi) exp(-(t - x0 cos theta - y0 sin theta)^2 / (2 g^2))
-    with t in half widths.
-
-    Args:
-        blobs: Fields of shape (blobs,).
-        angles: Viewing angles in radians, shape (num_angles,), of the blobs' dtype.
-        num_bins: Detector bins; *static*.
-        size: Pixels across the square, which sets the unit; *static*.
-
-    Returns:
-        Sinogram of shape (num_angles, num_bins) in pixel units.
-
-    Raises:
-        ValueError: If the dtypes differ or are not floating, or a count is not positive.
-    """
-    angles = jnp.asarray(angles)
-    _check_views("blob_sinogram", blobs.amplitude, angles, {"num_bins": num_bins, "size": size})
-    points = _bin_points(num_bins, size, 1, angles.dtype)[None]
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    center = blobs.center_x[None] * cos + blobs.center_y[None] * sin
-    profile = jnp.exp(-((points - center[:, None, :]) ** 2) / (2 * blobs.width[None, None, :] ** 2))
-    height = (size / 2) * jnp.sqrt(2 * jnp.pi) * blobs.amplitude * blobs.width
-    return (height[None, None, :] * profile).sum(-1)

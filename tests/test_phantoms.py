@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedlr import phantoms
+from tests.reference import blobs
 
 ANGLES = jnp.array([0.0, 0.3, 1.1, np.pi / 2, 2.0])
 
@@ -175,10 +176,9 @@ def test_random_phantoms_are_their_keys():
     assert (a.center_x[1:] != c.center_x[1:]).all()
 
 
-def test_blob_sinogram_integrates_the_blobs():
-    blobs = phantoms.standard_blobs(dtype=jnp.float64)
-    image = jax.jit(lambda b: phantoms.rasterize_blobs(b, 64))(blobs)
-    views = jax.jit(lambda b: phantoms.blob_sinogram(b, ANGLES, 96, 64))(blobs)
+def test_blob_reference_integrates_the_blobs():
+    image = blobs.rasterize(blobs.STANDARD, 64)
+    views = blobs.sinogram(blobs.STANDARD, ANGLES, 96, 64)
     np.testing.assert_allclose(views.sum(1), image.sum(), rtol=1e-6)
     np.testing.assert_allclose(views[0], np.pad(image.sum(0), 16), atol=2e-3)
     np.testing.assert_allclose(views[3], np.pad(image[::-1].sum(1), 16), atol=2e-3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlr import phantoms, tomography
-from tests.reference import projectors
+from tests.reference import blobs, projectors
 
 PROJECTORS = (tomography.project, tomography.fourier_project)
 SPECIAL = [0.0, np.pi / 4, np.pi / 2, 3 * np.pi / 4]
@@ -143,11 +143,10 @@ SMOOTH = [(PROJECTORS[0], np.sqrt(0.75) / 12 / (0.06 * 32) ** 2), (PROJECTORS[1]
 @pytest.mark.parametrize(("project", "bound"), SMOOTH)
 def test_smooth_phantom_has_its_closed_form_in_every_view(project, bound):
     size, num_bins = 64, 80
-    blobs = phantoms.standard_blobs(dtype=jnp.float64)
     angles = random_angles(3, 8)
-    expected = np.asarray(phantoms.blob_sinogram(blobs, angles, num_bins, size))
+    expected = blobs.sinogram(blobs.STANDARD, angles, num_bins, size)
     geometry = tomography.ParallelBeam((size, size), num_bins)
-    result = compiled(project, geometry)(phantoms.rasterize_blobs(blobs, size), angles)
+    result = compiled(project, geometry)(blobs.rasterize(blobs.STANDARD, size), angles)
     assert max(relative(a, b) for a, b in zip(result, expected, strict=True)) <= bound
     np.testing.assert_allclose(result.sum(1), expected.sum(1), rtol=bound)
 
@@ -155,16 +154,11 @@ def test_smooth_phantom_has_its_closed_form_in_every_view(project, bound):
 @pytest.mark.parametrize(("project", "bound"), SMOOTH)
 def test_rotating_the_object_shifts_the_angles(project, bound):
     size, turn = 64, 0.6
-    blobs = phantoms.standard_blobs(dtype=jnp.float64)
-    cos, sin = np.cos(turn), np.sin(turn)
-    turned = blobs._replace(
-        center_x=cos * blobs.center_x - sin * blobs.center_y,
-        center_y=sin * blobs.center_x + cos * blobs.center_y,
-    )
+    turned = blobs.turned(blobs.STANDARD, turn)
     angles = random_angles(3, 8)
     forward = compiled(project, tomography.ParallelBeam((size, size), 80))
-    straight = forward(phantoms.rasterize_blobs(blobs, size), angles)
-    shifted = forward(phantoms.rasterize_blobs(turned, size), angles + turn)
+    straight = forward(blobs.rasterize(blobs.STANDARD, size), angles)
+    shifted = forward(blobs.rasterize(turned, size), angles + turn)
     assert relative(shifted, np.asarray(straight)) <= 2 * bound
 
 
@@ -198,9 +192,9 @@ def test_both_projectors_err_as_stated_on_shepp_logan(shepp_logan_scan):
 @pytest.mark.parametrize(("project", "bound"), [(PROJECTORS[0], 3.5e-4), (PROJECTORS[1], 1e-5)])
 def test_both_projectors_err_as_stated_on_blobs(shepp_logan_scan, project, bound):
     angles = shepp_logan_scan[1]
-    blobs = phantoms.standard_blobs(dtype=jnp.float32)
-    expected = np.asarray(phantoms.blob_sinogram(blobs, angles, 256, 256))
-    result = compiled(project, FULL)(phantoms.rasterize_blobs(blobs, 256), angles)
+    expected = blobs.sinogram(blobs.STANDARD, angles, 256, 256)
+    image = blobs.rasterize(blobs.STANDARD, 256).astype(np.float32)
+    result = compiled(project, FULL)(image, angles)
     assert relative(result, expected) <= bound
 
 
