@@ -83,6 +83,11 @@ _REFERENCE_ELLIPSES = (
 _REFERENCE_MAXIMUM = 0.3 + 0.152106 + 0.353916 + 0.353109
 
 
+def _check_dtype(function: str, dtype: DTypeLike) -> None:
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise _checks.fail(function, f"dtype {jnp.dtype(dtype)}", "float32 or float64")
+
+
 def _from_rows(rows, dtype: DTypeLike) -> Ellipses:
     """Build ellipses from rows (amplitude, A, B, x0, y0, rotation in degrees)."""
     columns = np.array(rows, dtype=np.float64).T.copy()
@@ -93,21 +98,8 @@ def _from_rows(rows, dtype: DTypeLike) -> Ellipses:
 def shepp_logan(*, dtype: DTypeLike = float) -> Ellipses:
     """Return the original Shepp-Logan head phantom (low contrast, largest value 1).
 
-    The literature's tables differ in single entries; this is the one used here, in the geometry
-    that `modified_shepp_logan` shares (lengths in half widths of the square, rotation in degrees):
-
-    | # | original | modified | A | B | x0 | y0 | rotation |
-    |---|---|---|---|---|---|---|---|
-    | 1 | 1.00 | 1.0 | .69 | .92 | 0 | 0 | 0 |
-    | 2 | -.98 | -.8 | .6624 | .874 | 0 | -.0184 | 0 |
-    | 3 | -.02 | -.2 | .11 | .31 | .22 | 0 | -18 |
-    | 4 | -.02 | -.2 | .16 | .41 | -.22 | 0 | 18 |
-    | 5 | .01 | .1 | .21 | .25 | 0 | .35 | 0 |
-    | 6 | .01 | .1 | .046 | .046 | 0 | .1 | 0 |
-    | 7 | .01 | .1 | .046 | .046 | 0 | -.1 | 0 |
-    | 8 | .01 | .1 | .046 | .023 | -.08 | -.605 | 0 |
-    | 9 | .01 | .1 | .023 | .023 | 0 | -.606 | 0 |
-    | 10 | .01 | .1 | .023 | .046 | .06 | -.605 | 0 |
+    The literature's tables differ in single entries; the fields of the result are the one used
+    here, in the geometry that `modified_shepp_logan` shares.
 
     Args:
         dtype: float32 or float64; *static*. JAX's default float when left out.
@@ -115,10 +107,14 @@ def shepp_logan(*, dtype: DTypeLike = float) -> Ellipses:
     Returns:
         Ten ellipses.
 
+    Raises:
+        ValueError: If `dtype` is neither float32 nor float64.
+
     Reference:
         L. A. Shepp and B. F. Logan, "The Fourier reconstruction of a head section", IEEE
         Transactions on Nuclear Science 21(3), 1974.
     """
+    _check_dtype("shepp_logan", dtype)
     amplitudes = (1.0, -0.98, -0.02, -0.02, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)
     rows = [(a, *g) for a, g in zip(amplitudes, _SHEPP_LOGAN_GEOMETRY, strict=True)]
     return _from_rows(rows, dtype)
@@ -127,14 +123,16 @@ def shepp_logan(*, dtype: DTypeLike = float) -> Ellipses:
 def modified_shepp_logan(*, dtype: DTypeLike = float) -> Ellipses:
     """Return the Shepp-Logan phantom in its high-contrast version (values from 0 to 1).
 
-    The geometry is that of `shepp_logan`, whose docstring has the table; the amplitudes are 1, -.8,
-    -.2, -.2 and six times .1.
+    The geometry is that of `shepp_logan`; the amplitudes are 1, -.8, -.2, -.2 and six times .1.
 
     Args:
         dtype: float32 or float64; *static*. JAX's default float when left out.
 
     Returns:
         Ten ellipses.
+
+    Raises:
+        ValueError: If `dtype` is neither float32 nor float64.
 
     Example:
         >>> from fedlr import phantoms
@@ -146,6 +144,7 @@ def modified_shepp_logan(*, dtype: DTypeLike = float) -> Ellipses:
         P. Toft, "The Radon transform: theory and implementation", PhD thesis, Technical University
         of Denmark, 1996, for the amplitudes.
     """
+    _check_dtype("modified_shepp_logan", dtype)
     amplitudes = (1.0, -0.8, -0.2, -0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     rows = [(a, *g) for a, g in zip(amplitudes, _SHEPP_LOGAN_GEOMETRY, strict=True)]
     return _from_rows(rows, dtype)
@@ -166,7 +165,8 @@ def random_ellipses(num_inner: int, *, key: Key[Array, ""], dtype: DTypeLike = f
         ``1 + num_inner`` ellipses with non-negative amplitudes.
 
     Raises:
-        ValueError: If `num_inner` is negative.
+        ValueError: If `num_inner` is not an integer from 0, or `dtype` is neither float32 nor
+            float64.
 
     Example:
         >>> import jax
@@ -174,8 +174,8 @@ def random_ellipses(num_inner: int, *, key: Key[Array, ""], dtype: DTypeLike = f
         >>> phantoms.random_ellipses(4, key=jax.random.key(0)).amplitude.shape
         (5,)
     """
-    if num_inner < 0:
-        raise _checks.fail("random_ellipses", f"num_inner {num_inner}", "a count of at least 0")
+    _checks.check_count("random_ellipses", "num_inner", num_inner, 0)
+    _check_dtype("random_ellipses", dtype)
     draws = jax.random.uniform(key, (6, num_inner), dtype=dtype)
     inner = Ellipses(
         amplitude=0.15 + 0.4 * draws[0],
@@ -200,7 +200,13 @@ def rings_and_discs(*, num_discs: int = 8, dtype: DTypeLike = float) -> Ellipses
 
     Returns:
         ``2 + num_discs`` ellipses.
+
+    Raises:
+        ValueError: If `num_discs` is not an integer from 0, or `dtype` is neither float32 nor
+            float64.
     """
+    _checks.check_count("rings_and_discs", "num_discs", num_discs, 0)
+    _check_dtype("rings_and_discs", dtype)
     ring = [(0.5, 0.60, 0.80, 0.0, 0.0, 15.0), (-0.3, 0.45, 0.60, 0.0, 0.0, 15.0)]
     turns = 2.0 * np.pi * np.arange(num_discs) / max(num_discs, 1)
     discs = [(0.5, 0.09, 0.09, 0.45 * np.cos(t), 0.6 * np.sin(t), 0.0) for t in turns]
@@ -260,6 +266,9 @@ def reference_set(*, dtype: DTypeLike = float) -> Ellipses:
         Ellipses with fields of shape (4, 30); the first three images are padded with ellipses of
         amplitude zero. Map over the leading axis with `jax.vmap`.
 
+    Raises:
+        ValueError: If `dtype` is neither float32 nor float64.
+
     Example:
         >>> import jax
         >>> from fedlr import phantoms
@@ -267,6 +276,7 @@ def reference_set(*, dtype: DTypeLike = float) -> Ellipses:
         >>> images.shape
         (4, 32, 32)
     """
+    _check_dtype("reference_set", dtype)
     ellipses = [(row[0] / _REFERENCE_MAXIMUM, *row[1:]) for row in _REFERENCE_ELLIPSES]
     images = (modified_shepp_logan(dtype=dtype), _from_rows(ellipses, dtype))
     stacked = jax.tree.map(lambda *f: jnp.stack(f), *images, rings_and_discs(dtype=dtype))
@@ -297,7 +307,8 @@ def coupled_phantoms(
         Ellipses with fields of shape (N, (N - 1) * (1 + num_inner)).
 
     Raises:
-        ValueError: If `common` is not within 0 and 1 or `coefficients` is not a floating vector.
+        ValueError: If `common` is not within 0 and 1, `num_inner` not an integer from 0, or
+            `coefficients` not a floating vector.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -309,6 +320,7 @@ def coupled_phantoms(
     coefficients = jnp.asarray(coefficients)
     _checks.check_floating("coupled_phantoms", coefficients=coefficients)
     _checks.check_ndim("coupled_phantoms", "coefficients", coefficients, 1)
+    _checks.check_count("coupled_phantoms", "num_inner", num_inner, 0)
     if not 0.0 <= common <= 1.0:
         raise _checks.fail("coupled_phantoms", f"common {common}", "a fraction from 0 to 1")
     keys = jax.random.split(key, coefficients.shape[0])
@@ -351,9 +363,8 @@ def rasterize(ellipses: Ellipses, size: int, *, subsamples: int = 8) -> Float[Ar
     """
     _checks.check_floating("rasterize", amplitude=ellipses.amplitude)
     _checks.check_ndim("rasterize", "amplitude", ellipses.amplitude, 1)
-    for name, count in (("size", size), ("subsamples", subsamples)):
-        if count < 1:
-            raise _checks.fail("rasterize", f"{name} {count}", "a count of at least 1")
+    _checks.check_count("rasterize", "size", size)
+    _checks.check_count("rasterize", "subsamples", subsamples)
     dtype = ellipses.amplitude.dtype
     centers = _centers(size, dtype)
     offsets = _centers(subsamples, dtype) / size
@@ -380,18 +391,6 @@ def _bin_points(num_bins: int, size: int, samples: int, dtype: DTypeLike) -> Arr
     bins = jnp.arange(num_bins, dtype=dtype) - (num_bins - 1) / 2
     points = _centers(samples, dtype) / 2
     return (bins[:, None] + points[None, :]) / (size / 2)
-
-
-def _check_views(function: str, amplitude, angles, sizes) -> None:
-    _checks.check_floating(function, amplitude=amplitude, angles=angles)
-    _checks.check_ndim(function, "angles", angles, 1)
-    if amplitude.dtype != angles.dtype:
-        raise _checks.fail(
-            function, f"angles of dtype {angles.dtype}", f"the phantom's dtype {amplitude.dtype}"
-        )
-    for name, count in sizes.items():
-        if count < 1:
-            raise _checks.fail(function, f"{name} {count}", "a count of at least 1")
 
 
 def sinogram(
@@ -431,9 +430,15 @@ def sinogram(
         (5, 46)
     """
     angles = jnp.asarray(angles)
-    sizes = {"num_bins": num_bins, "size": size, "samples": samples}
-    _check_views("sinogram", ellipses.amplitude, angles, sizes)
+    dtype = ellipses.amplitude.dtype
+    _checks.check_floating("sinogram", amplitude=ellipses.amplitude, angles=angles)
+    _checks.check_ndim("sinogram", "angles", angles, 1)
     _checks.check_ndim("sinogram", "amplitude", ellipses.amplitude, 1)
+    if angles.dtype != dtype:
+        got, expected = f"angles of dtype {angles.dtype}", f"the phantom's dtype {dtype}"
+        raise _checks.fail("sinogram", got, expected)
+    for name, count in (("num_bins", num_bins), ("size", size), ("samples", samples)):
+        _checks.check_count("sinogram", name, count)
     points = _bin_points(num_bins, size, samples, angles.dtype)
 
     def add_ellipse(total, ellipse):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,7 +192,8 @@ HEAD = phantoms.modified_shepp_logan(dtype=jnp.float64)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: phantoms.rasterize(HEAD, 0), "rasterize: got size 0, expected a count"),
+        (lambda: phantoms.rasterize(HEAD, 0), "rasterize: got size 0, expected an integer from 1"),
+        (lambda: phantoms.rasterize(HEAD, 2.5), "rasterize: got size 2.5, expected an integer"),
         (lambda: phantoms.rasterize(HEAD, 4, subsamples=0), "rasterize: got subsamples 0"),
         (lambda: phantoms.sinogram(HEAD, ANGLES, 0, 8), "sinogram: got num_bins 0"),
         (lambda: phantoms.sinogram(HEAD, ANGLES[None], 8, 8), r"angles of shape \(1, 5\)"),
@@ -213,10 +216,40 @@ HEAD = phantoms.modified_shepp_logan(dtype=jnp.float64)
         ),
         (
             lambda: phantoms.random_ellipses(-1, key=jax.random.key(0)),
-            "random_ellipses: got num_inner -1",
+            "random_ellipses: got num_inner -1, expected an integer from 0",
+        ),
+        (
+            lambda: phantoms.random_ellipses(2.5, key=jax.random.key(0)),
+            "random_ellipses: got num_inner 2.5, expected an integer from 0",
+        ),
+        (
+            lambda: phantoms.rings_and_discs(num_discs=-1),
+            "rings_and_discs: got num_discs -1, expected an integer from 0",
+        ),
+        (
+            lambda: phantoms.coupled_phantoms(jnp.ones(2), num_inner=-1, key=jax.random.key(0)),
+            "coupled_phantoms: got num_inner -1, expected an integer from 0",
         ),
     ],
 )
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.bfloat16, int])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        phantoms.shepp_logan,
+        phantoms.modified_shepp_logan,
+        phantoms.rings_and_discs,
+        phantoms.reference_set,
+        functools.partial(phantoms.random_ellipses, 2, key=jax.random.key(0)),
+    ],
+)
+def test_other_dtypes_are_refused(draw, dtype):
+    name = getattr(draw, "func", draw).__name__
+    message = f"^{name}: got dtype {jnp.dtype(dtype)}, expected float32 or float64"
+    with pytest.raises(ValueError, match=message):
+        draw(dtype=dtype)
