@@ -23,7 +23,7 @@ Transactions on Medical Imaging 1(3), 1982.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["backproject", "interpolate", "project", "project_view"]
+__all__ = ["backproject", "interpolate", "interpolate_view", "project", "project_view"]
 
 PAD = 2  # zeros on either side of a line; positions outside it are clipped to them
 FULL_BATCH = 8  # a batch from half of it on is filled up with zeros to this
@@ -233,3 +233,19 @@ def project_view(image, angle, num_bins):
     left = jnp.take_along_axis(lines, index, axis=1, mode="promise_in_bounds")
     right = jnp.take_along_axis(lines, index + 1, axis=1, mode="promise_in_bounds")
     return length * (left + (position - below) * (right - left)).sum(0)
+
+
+def interpolate_view(view, angle, shape):
+    """Interpolate one view (num_bins,) at every pixel's centre with float positions.
+
+    The definition of `interpolate`, differentiable in the angle away from the bins' centres.
+    """
+    dtype, last = view.dtype, view.size - 1
+    across, down = (_centered(count, dtype)[0] for count in (shape[1], shape[0]))
+    position = across * jnp.cos(angle) - down.T * jnp.sin(angle) + last / 2
+    below = jax.lax.stop_gradient(jnp.floor(jnp.clip(position, 0, last)))
+    index = below.astype(jnp.int32)
+    left = view.at[index].get(mode="promise_in_bounds")
+    right = view.at[jnp.minimum(index + 1, last)].get(mode="promise_in_bounds")
+    on_detector = (position >= 0) & (position <= last)
+    return jnp.where(on_detector, left + (position - below) * (right - left), 0)

@@ -94,6 +94,17 @@ def _interpolating_backproject(geometry, sinograms, angles):
     return _joseph.interpolate(sinograms, angles, geometry.shape, geometry.chunk)
 
 
+@_operators.batch_last
+def _interpolating_transpose(geometry, images, angles):
+    groups, *_, batch = images.shape
+    shape = (groups, angles.shape[1], geometry.num_bins, batch)
+
+    def forward(x):
+        return _joseph.interpolate(x, angles, geometry.shape, geometry.chunk)
+
+    return jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, images.dtype))(images)[0]
+
+
 def _one(kernel, geometry, array, angles):
     """Call a kernel for stacks with one array."""
     return kernel(geometry, array[None, ..., None], angles[None])[0, ..., 0]
@@ -107,6 +118,20 @@ def _joseph_definition(geometry, image, angles):
         return _joseph.project_view(image, angle, geometry.num_bins)
 
     return jax.lax.map(view, angles)
+
+
+def _interpolating_definition(geometry, sinogram, angles):
+    """Sum view by view, differentiably in the angles and with little memory."""
+
+    @jax.checkpoint
+    def interpolate(view, angle):
+        return _joseph.interpolate_view(view, angle, geometry.shape)
+
+    def add_view(total, view):
+        return total + interpolate(*view), None
+
+    zeros = jnp.zeros(geometry.shape, sinogram.dtype)
+    return jax.lax.scan(add_view, zeros, (sinogram, angles))[0]
 
 
 def _check(function, name, array, shape, angles):
@@ -235,7 +260,8 @@ def interpolating_backproject(
     """Sum over the views the sinogram's linear interpolation at every pixel's centre.
 
     The back-projector of filtered backprojection; no projector's transpose. Off the detector a view
-    counts as zero.
+    counts as zero. Linear in `sinogram`, with the derivatives of `project`; its transpose is the
+    forward computation transposed, which spreads pixels over bins by a scatter and is slower.
 
     Args:
         geometry: Sizes; *static*.
@@ -251,7 +277,13 @@ def interpolating_backproject(
     sinogram, angles = jnp.asarray(sinogram), jnp.asarray(angles)
     shape = (angles.size, geometry.num_bins)
     _check("interpolating_backproject", "sinogram", sinogram, shape, angles)
-    return _one(_interpolating_backproject, geometry, sinogram, angles)
+    return _operators.with_transpose(
+        lambda x: _one(_interpolating_backproject, geometry, x, angles),
+        lambda y: _one(_interpolating_transpose, geometry, y, angles),
+        lambda x: _interpolating_definition(geometry, x, angles),
+        sinogram,
+        geometry.shape,
+    )
 
 
 def rectangular(frequencies: Float[Array, " frequencies"]) -> Float[Array, " frequencies"]:

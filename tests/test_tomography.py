@@ -266,6 +266,60 @@ def test_forward_and_reverse_derivatives_are_the_operator(rng, project):
     np.testing.assert_allclose(twice, transposed(project, GEOMETRY)(jvp, ANGLES), atol=1e-12)
 
 
+def test_filtered_backprojection_is_differentiable_in_the_sinogram(rng):
+    sinogram, tangent = rng.standard_normal((2, 4, 13))
+    cotangent = rng.standard_normal((9, 9))
+    reconstruct = functools.partial(
+        tomography.filtered_backprojection, GEOMETRY, angles=jnp.asarray(ANGLES)
+    )
+
+    def derivatives(sinogram, tangent, cotangent):
+        image, jvp = jax.jvp(reconstruct, (sinogram,), (tangent,))
+        gradient = jax.grad(lambda y: (reconstruct(y) * cotangent).sum())(sinogram)
+        return image, jvp, gradient
+
+    mapped = jax.jit(jax.vmap(derivatives))
+    inputs = [np.stack([array, 2 * array]) for array in (sinogram, tangent, cotangent)]
+    images, jvps, gradients = mapped(*inputs)
+    plain = jax.jit(reconstruct)
+    for image, jvp, gradient, y, direction, weight in zip(
+        images, jvps, gradients, *inputs, strict=True
+    ):
+        np.testing.assert_allclose(image, plain(y), atol=1e-12)
+        np.testing.assert_allclose(jvp, plain(direction), atol=1e-12)
+        np.testing.assert_allclose((gradient * direction).sum(), (jvp * weight).sum(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_bins", [13, 5])
+def test_interpolating_backproject_has_an_exact_transpose(rng, num_bins):
+    """Also where pixels meet the ends of the detector, which the narrow one does at angle zero."""
+    geometry = tomography.ParallelBeam((9, 9), num_bins)
+    angles = random_angles(4, 3)
+
+    def operator(sinogram):
+        return tomography.interpolating_backproject(geometry, sinogram, angles)
+
+    def products(sinogram, image):
+        back = jax.linear_transpose(operator, sinogram)(image)[0]
+        return (operator(sinogram) * image).sum(), (sinogram * back).sum()
+
+    sinogram, image = rng.standard_normal((len(angles), num_bins)), rng.standard_normal((9, 9))
+    forward, adjoint = jax.jit(products)(sinogram, image)
+    np.testing.assert_allclose(forward, adjoint, rtol=1e-12)
+
+
+def test_interpolating_backproject_has_an_angle_derivative(rng):
+    sinogram, image = rng.standard_normal((4, 13)), rng.standard_normal((9, 9))
+
+    def loss(angles):
+        back = tomography.interpolating_backproject(GEOMETRY, jnp.asarray(sinogram), angles)
+        return (back * image).sum()
+
+    value, step = jax.jit(loss), 1e-6
+    expected = [(value(ANGLES + e) - value(ANGLES - e)) / (2 * step) for e in step * np.eye(4)]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(ANGLES), expected, rtol=1e-6)
+
+
 def test_backproject_differentiates_to_project(rng):
     sinogram, image = rng.standard_normal((4, 13)), rng.standard_normal((9, 9))
     operator = functools.partial(tomography.backproject, GEOMETRY, angles=jnp.asarray(ANGLES))
