@@ -29,7 +29,9 @@ def test_pooled_rule_compares_sums_of_squares():
     # One client above its own level is made good by the other.
     assert bool(stop(record([np.sqrt(limit - 1e-6), 0.0])))
     assert not bool(stop(record([np.sqrt(limit - 0.5), 0.8])))
-    assert bool(stopping.discrepancy(noise, counts, kappa=1.1)(record([np.sqrt(limit), 0.1])))
+    safer = stopping.discrepancy(noise, counts, kappa=1.1)
+    assert bool(safer(record([np.sqrt(1.2 * limit), 0.0])))
+    assert not bool(safer(record([np.sqrt(1.22 * limit), 0.0])))
 
 
 def test_every_client_has_to_be_below_its_own_level():
