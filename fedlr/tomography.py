@@ -390,17 +390,18 @@ def gaussian_noise(
 
     Args:
         sinogram: Clean sinogram, float32 or float64.
-        level: Relative noise level sigma; traced.
+        level: Relative noise level sigma, scalar; traced.
         key: Random key.
 
     Returns:
         The noisy sinogram beside the clean one and the standard deviation.
 
     Raises:
-        ValueError: If `sinogram` is not floating.
+        ValueError: If `sinogram` is not floating or `level` no scalar.
     """
     sinogram = jnp.asarray(sinogram)
     _checks.check_floating("gaussian_noise", sinogram=sinogram)
+    _checks.check_ndim("gaussian_noise", "level", level, 0)
     deviation = jnp.asarray(level, sinogram.dtype) * sinogram.max()
     noise = jax.random.normal(key, sinogram.shape, sinogram.dtype)
     return GaussianNoise(sinogram + deviation * noise, sinogram, deviation)
@@ -412,13 +413,14 @@ class Transmission(NamedTuple):
     Attributes:
         noisy: Sinogram estimated from the counts, shape (num_angles, num_bins).
         clean: Sinogram without noise.
-        counts: Photons counted per bin, the weights of a weighted fit.
+        counts: Photons counted per bin, whole numbers in the sinogram's dtype; the weights of a
+            weighted fit.
         num_zero: Number of bins without a photon, which were set to one photon; int32 scalar.
     """
 
     noisy: Float[Array, "angles num_bins"]
     clean: Float[Array, "angles num_bins"]
-    counts: Int[Array, "angles num_bins"]
+    counts: Float[Array, "angles num_bins"]
     num_zero: Int[Array, ""]
 
 
@@ -432,26 +434,37 @@ def poisson_transmission(
     """Count photons behind an absorbing object and turn the counts into a sinogram again.
 
     counts ~ Poisson(I0 exp(-pixel_size * sinogram)), noisy = -log(max(counts, 1)/I0) / pixel_size.
+    From a mean of 2^24 on, where float32 no longer tells neighbouring counts apart, the counts are
+    rounded normal numbers of that mean and variance. A bin whose mean is NaN, infinite or negative,
+    as with a negative `incident`, has NaN as its count and in the noisy sinogram.
 
     Args:
         sinogram: Clean sinogram in pixel units, float32 or float64.
-        incident: Photons I0 sent into every bin; traced.
-        pixel_size: Width of a pixel in the unit of the attenuation, 2/n for the square [-1, 1]^2;
-            traced.
+        incident: Photons I0 > 0 sent into every bin, scalar; traced, so its sign is not checked.
+        pixel_size: Width of a pixel in the unit of the attenuation, 2/n for the square [-1, 1]^2,
+            scalar; traced.
         key: Random key.
 
     Returns:
         The noisy sinogram beside the clean one, the counts and the number of empty bins.
 
     Raises:
-        ValueError: If `sinogram` is not floating.
+        ValueError: If `sinogram` is not floating, or `incident` or `pixel_size` no scalar.
     """
     sinogram = jnp.asarray(sinogram)
     _checks.check_floating("poisson_transmission", sinogram=sinogram)
+    _checks.check_ndim("poisson_transmission", "incident", incident, 0)
+    _checks.check_ndim("poisson_transmission", "pixel_size", pixel_size, 0)
     incident, pixel_size = (jnp.asarray(value, sinogram.dtype) for value in (incident, pixel_size))
     mean = incident * jnp.exp(-pixel_size * sinogram)
-    counts = jax.random.poisson(key, mean, dtype=jnp.int32)
-    transmitted = jnp.maximum(counts, 1).astype(sinogram.dtype) / incident
+    few_key, many_key = jax.random.split(key)
+    few = mean < 2.0**24
+    few_counts = jax.random.poisson(few_key, jnp.where(few, mean, 0), dtype=jnp.int32)
+    normal = jax.random.normal(many_key, mean.shape, mean.dtype)
+    many_counts = jnp.round(mean + jnp.sqrt(jnp.where(few, 0, mean)) * normal)
+    counts = jnp.where(few, few_counts.astype(mean.dtype), many_counts)
+    counts = jnp.where((mean >= 0) & (mean < jnp.inf), counts, jnp.nan)
+    transmitted = jnp.maximum(counts, 1) / incident
     num_zero = (counts == 0).sum(dtype=jnp.int32)
     return Transmission(-jnp.log(transmitted) / pixel_size, sinogram, counts, num_zero)
 

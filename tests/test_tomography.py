@@ -501,6 +501,36 @@ def test_empty_bins_are_counted_and_stay_finite():
     np.testing.assert_allclose(result.noisy, np.log(50.0), rtol=1e-6)
 
 
+def test_counts_without_a_mean_are_nan():
+    draw = jax.jit(tomography.poisson_transmission)
+    clean = jnp.array([[jnp.nan, 1.0, 2.0]])
+    result = draw(clean, 50.0, 1.0, key=jax.random.key(0))
+    np.testing.assert_array_equal(np.isnan(result.counts), [[True, False, False]])
+    np.testing.assert_array_equal(np.isnan(result.noisy), [[True, False, False]])
+    for incident, pixel_size in ((-50.0, 1.0), (np.nan, 1.0), (np.inf, 1.0), (50.0, np.nan)):
+        result = draw(clean, incident, pixel_size, key=jax.random.key(0))
+        assert np.isnan(result.counts).all()
+        assert np.isnan(result.noisy).all()
+        assert result.num_zero == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("incident", [1e8, 1e10, 1e12])
+def test_many_photons_are_counted_without_saturation(incident, dtype):
+    clean = np.full((60, 50), 0.5, dtype)
+    result = jax.jit(tomography.poisson_transmission)(clean, incident, 1.0, key=jax.random.key(0))
+    assert result.counts.dtype == dtype
+    # the mean as the dtype has it, known to a few roundings beside the sampling error
+    mean = incident * np.exp(-0.5)
+    error = 5 * np.sqrt(mean / clean.size) + 4 * np.finfo(dtype).eps * mean
+    counts = np.asarray(result.counts, np.float64)
+    assert abs(counts.mean() - mean) <= error
+    rounding = (np.finfo(dtype).eps * mean) ** 2
+    variance = 5 * mean * np.sqrt(2 / clean.size) + rounding
+    assert abs(counts.var() - mean) <= variance
+    np.testing.assert_array_equal(counts, np.round(counts))
+
+
 def test_background_deviation_estimates_the_noise():
     disc = phantoms.rings_and_discs(num_discs=0)
     angles = jnp.linspace(0, jnp.pi, 30, endpoint=False)
@@ -567,6 +597,22 @@ def test_background_deviation_estimates_the_noise():
         (
             lambda: tomography.gaussian_noise(np.ones((4, 3), int), 0.1, key=jax.random.key(0)),
             "gaussian_noise: got sinogram of dtype int64",
+        ),
+        (
+            lambda: tomography.gaussian_noise(np.ones((4, 3)), np.ones(3), key=jax.random.key(0)),
+            r"gaussian_noise: got level of shape \(3,\), expected 0 axes",
+        ),
+        (
+            lambda: tomography.poisson_transmission(
+                np.ones((4, 3)), np.ones(3), 0.1, key=jax.random.key(0)
+            ),
+            r"poisson_transmission: got incident of shape \(3,\), expected 0 axes",
+        ),
+        (
+            lambda: tomography.poisson_transmission(
+                np.ones((4, 3)), 9.0, np.ones(3), key=jax.random.key(0)
+            ),
+            r"poisson_transmission: got pixel_size of shape \(3,\), expected 0 axes",
         ),
         (
             lambda: tomography.poisson_transmission(
