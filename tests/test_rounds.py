@@ -148,6 +148,31 @@ def counting_update(params, client_state, data, *, key):
     return jnp.broadcast_to(seen, params.shape), seen, {"loss": jnp.zeros(())}
 
 
+def drawing_update(params, client_state, data, *, key):
+    """Remember a random number."""
+    del client_state, data
+    return jnp.zeros_like(params), jax.random.normal(key), {"loss": jnp.zeros(())}
+
+
+def test_every_client_and_round_has_randomness_of_its_own(data, weights):
+    options = {"client_state": lambda _: jnp.zeros(())}
+    alone = local_only.build(drawing_update, **options)
+    together = federated.compose(
+        drawing_update,
+        compressor=compressors.identity(),
+        aggregator=aggregators.weighted_mean(),
+        server=servers.from_optax(optax.sgd(1.0)),
+        **options,
+    )
+    for algorithm in (alone, together):
+        state, drawn = algorithm.init(weights, data, key=jax.random.key(0)), []
+        run = jax.jit(functools.partial(federated.run, algorithm, num_rounds=1))
+        for _ in range(2):
+            state, _ = run(state, data, key=jax.random.key(0))
+            drawn += jax.tree.leaves(state.clients)
+        assert len(np.unique(np.concatenate(drawn))) == 2 * len(data.mask)
+
+
 def test_state_of_clients_outside_the_cohort_survives(data, weights):
     algorithm = federated.compose(
         counting_update,
