@@ -103,6 +103,29 @@ def test_fourier_projector_has_an_exact_transpose(rng, dtype, bound):
     assert mismatch(forward, adjoint, image, sinogram, angles) <= bound
 
 
+def projected_energy_gradient(geometry, image, angles):
+    return jax.grad(lambda x: (tomography.project(geometry, x, angles) ** 2).sum())(image)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "megabytes"),
+    [
+        (tomography.project, (256, 256), 20),
+        (tomography.backproject, (180, 256), 20),
+        (tomography.filtered_backprojection, (180, 256), 20),
+        (projected_energy_gradient, (256, 256), 30),
+    ],
+)
+def test_compiled_batches_need_little_memory(function, shape, megabytes):
+    """Positions of all views and lines of 256 x 256 pixels and 180 views would be 47 MB."""
+    geometry = tomography.ParallelBeam((256, 256), 256)
+    batch = jax.ShapeDtypeStruct((8, *shape), np.float32)
+    angles = jax.ShapeDtypeStruct((180,), np.float32)
+    mapped = jax.jit(jax.vmap(functools.partial(function, geometry), (0, None)))
+    memory = mapped.lower(batch, angles).compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes <= megabytes * 10**6
+
+
 GEOMETRY = tomography.ParallelBeam((9, 9), 13)
 ANGLES = np.array([0.2, 0.9, 1.7, 2.6])
 
