@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fedlr import _checks, phantoms, tomography
+from fedlr import _checks, noise, phantoms, tomography
 
 __all__ = ["MultimodalScans", "multimodal_scans", "uniform_angles"]
 
@@ -99,7 +99,7 @@ def multimodal_scans(
     images = jax.vmap(lambda e: phantoms.rasterize(e, rows))(ellipses)
     clean = jax.vmap(lambda e: phantoms.sinogram(e, angles, geometry.num_bins, rows))(ellipses)
     level = jnp.asarray(sigma, angles.dtype)
-    scans = jax.vmap(lambda scan, key: tomography.gaussian_noise(scan, level, key=key))(
+    scans = jax.vmap(lambda scan, key: noise.gaussian(scan, level, key=key))(
         clean, jax.random.split(key, clean.shape[0])
     )
     return MultimodalScans(

@@ -22,6 +22,7 @@ FLOORS = {
     "curvature": 2,
     "information": 2,
     "lowrank": 2,
+    "noise": 2,
     "phantoms": 2,
     "subspace": 2,
     "tomography": 2,
