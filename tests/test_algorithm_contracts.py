@@ -115,7 +115,6 @@ CASES = {
         False,
         False,
         comp_jf.images,
-        False,
     ),
     "comp_rand_jf": Case(
         coupled(comp_jf.build, ranks=(2, 2), joint_basis=comp_jf.sketched()),

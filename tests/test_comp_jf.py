@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import test_util
 
 from fedlr import federated, subspace
 from fedlr.algorithms import comp_jf
@@ -168,6 +169,19 @@ def test_a_start_in_the_joint_subspace_is_kept(clients):
     algorithm = comp_jf.build(forward, jnp.asarray(COEFFICIENTS), ranks=(2, 2), step_size=STEP)
     state = jax.jit(algorithm.init)(start, clients, key=jax.random.key(0))
     np.testing.assert_allclose(comp_jf.images(state), start, rtol=1e-10, atol=1e-11)
+
+
+def test_derivative_of_a_run_agrees_with_finite_differences(clients):
+    algorithm = comp_jf.build(forward, jnp.asarray(COEFFICIENTS), ranks=(3, 3), step_size=STEP)
+
+    @jax.jit
+    def last_loss(targets):
+        data = clients._replace(targets=targets)
+        state = algorithm.init(jnp.zeros((3, *SHAPE)), data, key=jax.random.key(0))
+        _, infos = federated.run(algorithm, state, data, num_rounds=3, key=jax.random.key(1))
+        return infos.losses[-1].sum()
+
+    test_util.check_grads(last_loss, (clients.targets,), order=1, modes=["rev"])
 
 
 def test_bad_input_is_refused(clients):

@@ -144,8 +144,8 @@ def build(
     `init` takes the stacked start tensors (clients, ...) as `params` (zeros are the usual start).
     The state's `params` is a `tucker.TuckerTensor`: cores (clients, *ranks) and the shared
     factors; `images(state)` forms the dense tensors. `round` needs every client in the cohort,
-    because the coupling ties all of them. A run has no derivative: `client_ranks` are traced, see
-    `tucker.sthosvd`.
+    because the coupling ties all of them. A run can be differentiated where every client has the
+    ranks `ranks`; given `client_ranks` it has no derivative, see `tucker.sthosvd`.
 
     Bytes: a client sends its core and factors at its own ranks, and receives its core and the
     joint factors at `ranks`.
@@ -229,11 +229,13 @@ def build(
         def client(core, effective_ranks, data, key):
             tensor = tucker.to_dense(tucker.TuckerTensor(core, factors))
             update, _, metrics = local_update(tensor, (), data, key=key)
-            compressor = compressors.truncated_tucker(
-                ranks, basis=client_basis(factors, state.round, key)
+            truncated = tucker.sthosvd(
+                tensor + update,
+                ranks,
+                basis=client_basis(factors, state.round, key),
+                effective_ranks=None if client_ranks is None else effective_ranks,
             )
-            message, _ = compressor.compress(tensor + update, effective_ranks, key=key)
-            return message, metrics
+            return compressors.TuckerMessage(truncated, effective_ranks), metrics
 
         messages, metrics = execution.map_clients(
             client,
