@@ -10,6 +10,9 @@ SIZE ?= full
 # `make bench RESULTS=benchmarks/results` renews the figures that the README quotes.
 RESULTS ?= out/benchmarks
 WORKERS ?= 2
+# The threads of OpenBLAS, which does the small factorizations, spin against those of XLA: a round
+# of the demo's methods took 52 ms with two of them and 29 ms with one (250 x 250, rank 40).
+export OPENBLAS_NUM_THREADS ?= 1
 
 recent = import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON

@@ -73,13 +73,14 @@ def pin_to_one_core() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine: processor, usable cores, memory in GiB, operating system."""
+    """Describe the machine: processor, usable cores, memory in GiB, threads, operating system."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cpu": _processor(),
         "cores": usable,
         "memory_gib": round(memory, 1),
+        "openblas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
