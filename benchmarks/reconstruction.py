@@ -20,7 +20,7 @@ from jaxtyping import Array
 from benchmarks import splatting, timing
 from fedlr import federated, phantoms, synthetic, tomography
 from fedlr.algorithms import comp_jf, fedavg, firm, local_only
-from fedlr.federated import coupling, execution, local, protocol
+from fedlr.federated import coupling, execution, local, protocol, stopping
 
 CORES = None
 
@@ -206,7 +206,7 @@ def ssim(images: np.ndarray, truth: np.ndarray) -> float:
 
 
 def quality(problem: Problem, sigmas, ranks, num_rounds: int, every: int = 5) -> list[dict]:
-    """Tabulate PSNR, SSIM and bytes of every method at every noise level."""
+    """Tabulate PSNR, SSIM, stops and bytes of every method at every noise level."""
     size = problem.truth.shape[-1]
     start = jnp.zeros_like(problem.truth)
     first = jax.tree.map(lambda leaf: leaf[0], problem.clients)
@@ -220,6 +220,9 @@ def quality(problem: Problem, sigmas, ranks, num_rounds: int, every: int = 5) ->
         for draw, sigma in enumerate(sigmas):
             curve = curves[draw]
             best = int(curve.argmax())
+            record = jax.tree.map(lambda leaf: leaf[draw], infos)  # noqa: B023
+            data = jax.tree.map(lambda leaf: leaf[draw], problem.clients)  # noqa: B023
+            stops = stopping_rounds(record, data, problem.noise_levels[draw], sigma)
             checked = range(every, num_rounds, every)
             similarity = [ssim(np.asarray(images[draw, t]), truth) for t in checked]
             up = int(np.asarray(infos.uplink_bytes[draw, 0]).sum())
@@ -237,10 +240,25 @@ def quality(problem: Problem, sigmas, ranks, num_rounds: int, every: int = 5) ->
                     "final_ssim": similarity[-1],
                     "uplink_bytes": up,
                     "downlink_bytes": down,
+                    **{f"psnr_at_{rule}": float(curve[stop]) for rule, stop in stops.items()},
+                    **{f"round_of_{rule}": stop for rule, stop in stops.items()},
                     "reference_psnr": REFERENCE.get((name, sigma), "") if size == 100 else "",
                 }
             )
     return rows
+
+
+def stopping_rounds(infos, clients, noise_levels, sigma: float) -> dict[str, int]:
+    """Find the round where each rule stops, or the last one where it never does."""
+    levels = noise_levels.astype(clients.targets.dtype)
+    counts = stopping.num_measurements(clients)
+    rules = {
+        "pooled": stopping.discrepancy(levels, counts),
+        "each": stopping.every_client(stopping.noise_thresholds(levels, counts)),
+        "paper": stopping.every_client(stopping.noisy_maximum_thresholds(clients, sigma)),
+    }
+    fired = {name: np.asarray(jax.vmap(rule)(infos)) for name, rule in rules.items()}
+    return {name: int(f.argmax()) if f.any() else len(f) - 1 for name, f in fired.items()}
 
 
 def speed(size: int, num_angles: int, rank: int, repeats: int) -> list[dict]:
