@@ -117,6 +117,7 @@ def mode_dot(
         (2, 5, 4)
     """
     _checks.check_floating("mode_dot", x=x)
+    x, matrix = jnp.asarray(x), jnp.asarray(matrix)
     _checks.check_mode("mode_dot", mode, jnp.ndim(x))
     _check_matrix("mode_dot", "matrix", matrix, x, mode, axis=1)
     return _mode_dot(x, matrix, mode)
@@ -163,6 +164,7 @@ def multi_mode_dot(
     """
     ndim = jnp.ndim(x)
     _checks.check_floating("multi_mode_dot", x=x)
+    x, matrices = jnp.asarray(x), [jnp.asarray(matrix) for matrix in matrices]
     modes = tuple(range(ndim)) if modes is None else tuple(modes)
     if len(matrices) != len(modes) or len(set(modes)) != len(modes):
         expected = "one matrix for each of the distinct modes"

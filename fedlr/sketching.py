@@ -273,6 +273,7 @@ def range_finder(
     """
     _checks.check_ndim("range_finder", "matrix", matrix, 2)
     _checks.check_floating("range_finder", matrix=matrix)
+    matrix = jnp.asarray(matrix)
     _checks.check_rank("range_finder", size, min(matrix.shape), name="size")
     _checks.check_count("range_finder", "power_iters", power_iters, 0)
     sketch = matrix @ test_matrix(matrix.shape[1], size, key=key, dtype=matrix.dtype)
@@ -331,6 +332,7 @@ def randomized_svd(
     """
     _checks.check_ndim("randomized_svd", "matrix", matrix, 2)
     _checks.check_floating("randomized_svd", matrix=matrix)
+    matrix = jnp.asarray(matrix)
     _checks.check_rank("randomized_svd", rank, min(matrix.shape))
     _checks.check_count("randomized_svd", "oversampling", oversampling, 0)
     size = min(rank + oversampling, *matrix.shape)

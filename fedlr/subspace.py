@@ -201,8 +201,7 @@ def randomized(
 
     @_precision.highest
     def find(matrix: Array, rank: int, *, mode: int) -> Array:
-        _check("randomized", matrix, rank)
-        matrix = _widen(matrix, rank)
+        matrix = _widen(_check("randomized", matrix, rank), rank)
         size = min(rank + oversampling, *matrix.shape)
         basis = sketching.range_finder(
             matrix,
@@ -252,9 +251,9 @@ def warm_started(previous: Sequence[Float[Array, "rows columns"]]) -> BasisFinde
 
     @_precision.highest
     def find(matrix: Array, rank: int, *, mode: int) -> Array:
-        _check("warm_started", matrix, rank)
+        matrix = _check("warm_started", matrix, rank)
         _checks.check_mode("warm_started", mode, len(previous))
-        start = previous[mode]
+        start = jnp.asarray(previous[mode])
         if start.ndim != 2 or start.shape[0] != matrix.shape[0] or start.shape[1] < rank:
             got = f"previous factor of shape {start.shape} for mode {mode}"
             expected = f"{matrix.shape[0]} rows and at least {rank} columns"
@@ -273,16 +272,16 @@ def _exact(function: str, decompose: Callable, blur: Callable) -> BasisFinder:
     @_precision.highest
     def find(matrix: Array, rank: int, *, mode: int) -> Array:
         del mode
-        _check(function, matrix, rank)
-        return _leading(decompose, blur, rank, matrix)
+        return _leading(decompose, blur, rank, _check(function, matrix, rank))
 
     return find
 
 
-def _check(function: str, matrix: Array, rank: int) -> None:
+def _check(function: str, matrix: Array, rank: int) -> Array:
     _checks.check_ndim(function, "matrix", matrix, 2)
     _checks.check_floating(function, matrix=matrix)
     _checks.check_rank(function, rank, matrix.shape[0])
+    return jnp.asarray(matrix)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -97,7 +97,7 @@ def hosvd(
     Reference: De Lathauwer, De Moor and Vandewalle 2000, "A multilinear singular value
         decomposition", SIAM J. Matrix Anal. Appl. 21(4).
     """
-    _check_input("hosvd", x, ranks)
+    x = _check_input("hosvd", x, ranks)
     factors = tuple(
         basis(multilinear.unfold(x, mode), rank, mode=mode) for mode, rank in enumerate(ranks)
     )
@@ -152,7 +152,7 @@ def sthosvd(
     Reference: Vannieuwenhoven, Vandebril and Meerbergen 2012, "A new truncation strategy for the
         higher-order singular value decomposition", SIAM J. Sci. Comput. 34(2), algorithm 1.
     """
-    _check_input("sthosvd", x, ranks)
+    x = _check_input("sthosvd", x, ranks)
     if effective_ranks is not None:
         _check_effective("sthosvd", "effective_ranks", effective_ranks, x.ndim)
     core, factors = x, {}
@@ -213,7 +213,7 @@ def hooi(
         rank-(R1, ..., RN) approximation of higher-order tensors", SIAM J. Matrix Anal. Appl. 21(4),
         algorithm 4.2; the subspace iteration in a sweep is ours.
     """
-    _check_input("hooi", x, ranks)
+    x = _check_input("hooi", x, ranks)
     if init is None:
         init = sthosvd(x, ranks)
     else:
@@ -279,6 +279,7 @@ def relative_error(x: Float[Array, "..."], t: TuckerTensor) -> Float[Array, ""]:
         0.7071
     """
     _checks.check_floating("relative_error", x=x)
+    x = jnp.asarray(x)
     _check_tucker("relative_error", t, x.shape, t.ranks, x.dtype)
     residual, energy = _energies(x, t)
     ratio = residual / jnp.where(energy > 0, energy, 1)
@@ -592,10 +593,13 @@ def _leading(size: int, count: Array) -> Array:
     return jnp.arange(size, dtype=jnp.result_type(count))[None, :] < count
 
 
-def _check_input(function: str, x: Array, ranks: tuple[int, ...]) -> None:
+def _check_input(function: str, x: Array, ranks: tuple[int, ...]) -> Array:
+    """Return a checked tensor as a JAX array, which may narrow a NumPy one to float32."""
     _checks.check_floating(function, x=x)
     _checks.check_ndim(function, "x", x, 1, max(jnp.ndim(x), 1))
+    x = jnp.asarray(x)
     _checks.check_ranks(function, ranks, x.shape)
+    return x
 
 
 def _check_effective(function: str, name: str, ranks: Array, ndim: int) -> None:

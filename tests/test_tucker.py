@@ -246,6 +246,18 @@ def test_errors_and_chosen_ranks_do_not_depend_on_the_scale(rng, scale):
     assert tucker.choose_ranks(scaled, 0.5) == tucker.choose_ranks(jnp.asarray(x), 0.5)
 
 
+def test_numpy_input_is_taken_at_the_precision_of_the_session(rng):
+    x = rng.standard_normal(SHAPE)
+    with jax.enable_x64(False):
+        for fit in (
+            tucker.hosvd(x, (2, 2, 2)),
+            tucker.sthosvd(x, (2, 2, 2), basis=subspace.randomized(key=jax.random.key(0))),
+            tucker.hooi(x, (2, 2, 2), max_iters=2)[0],
+        ):
+            assert fit.core.dtype == jnp.float32
+            assert float(tucker.relative_error(x, fit)) < 1
+
+
 def test_relative_error_of_zero(rng):
     zero = jax.tree.map(jnp.zeros_like, compiled("sthosvd", RANKS)(np.ones(SHAPE)))
     assert error_of(np.zeros(SHAPE), zero) == 0
