@@ -384,6 +384,13 @@ def test_nan_in_visible_data_is_refused(alone, data, average, weights):
         simulate(average, state, visible, num_rounds=6, cohort_size=2)
 
 
+def test_nan_in_the_start_is_refused(alone):
+    algorithm, start, data = alone
+    spoilt = start._replace(params=start.params.at[1].set(jnp.nan))
+    with pytest.raises(ValueError, match="simulate: got params with 1 NaN or Inf entries"):
+        simulate(algorithm, spoilt, data, num_rounds=1)
+
+
 def test_nan_behind_the_mask_is_let_through(data, average, long_run):
     start, expected = long_run
     hidden = data._replace(

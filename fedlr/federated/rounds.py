@@ -339,8 +339,8 @@ def simulate(
 
     Raises:
         ValueError: If `num_rounds` or `segment_rounds` is not a positive integer, the cohort is
-            larger than the federation, or the data hold NaN or Inf (of a `protocol.ClientData`
-            only what its mask does not hide).
+            larger than the federation, or the params or the data hold NaN or Inf (of a
+            `protocol.ClientData` only what its mask does not hide).
 
     Example:
         >>> import jax
@@ -369,7 +369,7 @@ def simulate(
     _check_run("simulate", clients, num_rounds, cohort_size)
     length = min(num_rounds, 10) if segment_rounds is None else segment_rounds
     _checks.check_count("simulate", "segment_rounds", length)
-    _check_data(clients)
+    _check_data(state, clients)
     memory = () if stop is None else stopping.as_rule(stop).init()
     records, done, stopped = (), 0, False
     with tqdm.tqdm(total=num_rounds, unit="round", disable=not progress) as bar:
@@ -453,16 +453,17 @@ def _check_run(function: str, clients: PyTree, num_rounds: int, cohort_size: int
         _checks.check_rank(function, cohort_size, count, name="cohort_size")
 
 
-def _check_data(clients: PyTree) -> None:
-    """Refuse NaN and Inf in the data, of a ClientData only where the mask shows them."""
+def _check_data(state: protocol.FederatedState, clients: PyTree) -> None:
+    """Refuse NaN and Inf in params and data, of a ClientData only where the mask shows them."""
     mask = clients.mask if isinstance(clients, protocol.ClientData) else None
-    for path, leaf in jax.tree_util.tree_leaves_with_path(clients):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            continue
-        bad = ~jnp.isfinite(leaf)
-        if mask is not None and leaf.shape[: mask.ndim] == mask.shape:
-            bad &= mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
-        count = int(jnp.sum(bad))
-        if count:
-            got = f"clients{jax.tree_util.keystr(path)} with {count} NaN or Inf entries"
-            raise _checks.fail("simulate", got, "finite data or a mask")
+    for name, tree in (("params", state.params), ("clients", clients)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                continue
+            bad = ~jnp.isfinite(leaf)
+            if tree is clients and mask is not None and leaf.shape[: mask.ndim] == mask.shape:
+                bad &= mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+            count = int(jnp.sum(bad))
+            if count:
+                got = f"{name}{jax.tree_util.keystr(path)} with {count} NaN or Inf entries"
+                raise _checks.fail("simulate", got, "finite values where no mask hides them")
