@@ -134,7 +134,7 @@ def ssim(images: jax.Array, truth: jax.Array) -> jax.Array:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line a method and noise level."""
-    heads = ("sigma", "method", "PSNR best", "stop", "SSIM best", "stop", "kB up", "kB down")
+    heads = ("sigma", "method", "PSNR best", "stop", "SSIM best", "stop", "kB up/round", "down")
     heads += ("compression", "stop at", "ms/round", "compile s")
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:
@@ -174,6 +174,7 @@ def draw(rows: list[dict[str, Any]], truth: np.ndarray, sigma: float, path: Path
     figure = plt.figure(figsize=(15, 1.75 * len(stacks)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(len(truth) * 1.75, 8))
     left, right = halves
+    left.suptitle(f"sigma = {sigma}, every method where the discrepancy rule stops it", fontsize=10)
     axes = left.subplots(len(stacks), len(truth))
     for line, (label, images) in zip(axes, stacks, strict=True):
         for client, (axis, image) in enumerate(zip(line, images, strict=True)):
@@ -191,7 +192,7 @@ def draw(rows: list[dict[str, Any]], truth: np.ndarray, sigma: float, path: Path
             curve = np.asarray(row["psnr"])
             if not sent:
                 panel.axhline(
-                    row["stop_psnr"], color="gray", ls=":", label=f"{row['method']} (no bytes)"
+                    row["stop_psnr"], color="gray", ls=":", label=f"{row['method']}, at its stop"
                 )
                 continue
             megabytes = np.arange(len(curve)) * sent / 1e6
