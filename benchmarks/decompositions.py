@@ -58,11 +58,36 @@ def run(size: str) -> list[dict[str, Any]]:
     rows = []
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
+            rows += pair_rows(sizes, dtype)
             rows += tucker_rows(sizes, dtype, slow_peers=size == "full")
             rows += batch_rows(sizes, dtype)
     with jax.enable_x64(False):
         rows += round_rows(sizes)
     return rows
+
+
+def pair_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
+    """Time sthosvd beside pyttb's hosvd alone: among larger jobs the time of the latter grows."""
+    n, r = sizes.size, sizes.rank
+    data = noisy_tensor(n, r, seed=0).astype(dtype)
+    peer = tucker_peers(data, r, slow=False).get("pyttb hosvd")
+    if peer is None:
+        return []
+    ours = bind(jax.jit(lambda x: tucker.sthosvd(x, (r, r, r))), jnp.asarray(data))
+    functions = {"sthosvd gram": ours, "pyttb hosvd": peer}
+    times = timing.measure(functions, repeats=2 * sizes.repeats)
+    errors = {name: relative_error(data, f()) for name, f in functions.items()}
+    return [
+        {
+            "experiment": f"pair {n}^3 rank {r}",
+            "dtype": np.dtype(dtype).name,
+            "method": name,
+            **timings(times[name]),
+            "error": errors[name],
+            "over the other": ratio(times, errors, name, "pyttb hosvd") if f is ours else None,
+        }
+        for name, f in functions.items()
+    ]
 
 
 def tucker_rows(sizes: Sizes, dtype: type, *, slow_peers: bool) -> list[dict[str, Any]]:
