@@ -1,10 +1,25 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 
 from fedlr import subspace, tucker
 from fedlr.federated import compressors
+
+SEEDS = (0, 1, 2)
+QUANTIZERS = {bits: compressors.quantize(bits) for bits in (1, 2, 4, 8, 16)}
+# For an update of the shape (4, 5).
+LOSSY = {
+    "top_k": compressors.top_k(3),
+    "csr": compressors.csr(6),
+    "quantize_2": QUANTIZERS[2],
+    "quantize_16": QUANTIZERS[16],
+    "top_k_with_feedback": compressors.error_feedback(compressors.top_k(3)),
+    "svd_with_feedback": compressors.error_feedback(compressors.truncated_svd(1)),
+}
 
 
 @pytest.fixture
@@ -14,13 +29,21 @@ def update(rng):
 
 def send(compressor, update, state=None, *, key):
     state = compressor.init(update) if state is None else state
+    return there_and_back(compressor, update, state, key)
 
-    @jax.jit
-    def there_and_back(update, state, key):
-        message, _ = compressor.compress(update, state, key=key)
-        return message, compressor.decompress(message)
 
-    return there_and_back(update, state, key)
+@functools.partial(jax.jit, static_argnums=0)
+def there_and_back(compressor, update, state, key):
+    message, _ = compressor.compress(update, state, key=key)
+    return message, compressor.decompress(message)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def receive_many(compressor, updates, keys):
+    """Send the update of every client by a compressor without state."""
+    return jax.vmap(lambda update, key: there_and_back(compressor, update, (), key)[1])(
+        updates, keys
+    )
 
 
 def bytes_of(*arrays):
@@ -194,3 +217,381 @@ def test_updates_and_ranks_that_do_not_fit_are_refused(update):
         compressors.truncated_svd(5).init(update[0])
     with pytest.raises(ValueError, match=r"got both basis and random_basis, expected one"):
         compressors.truncated_svd(1, basis=subspace.gram(), random_basis=subspace.gram)
+
+
+def largest(array, count):
+    """Keep the entries of largest modulus, of equal ones the first."""
+    kept, flat = np.zeros(array.size, array.dtype), np.asarray(array).reshape(-1)
+    chosen = np.argsort(-np.abs(flat), kind="stable")[:count]
+    kept[chosen] = flat[chosen]
+    return kept.reshape(array.shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", LOSSY)
+def test_lossy_messages_keep_dtypes_and_states(rng, key, name, dtype):
+    tree = {
+        "w": jnp.asarray(rng.normal(size=(4, 5)), dtype),
+        "b": jnp.asarray(rng.normal(size=7), dtype),
+    }
+    compressor = LOSSY[name]
+    state = compressor.init(tree)
+
+    def there_and_back(update, state):
+        message, state = compressor.compress(update, state, key=key)
+        return compressor.decompress(message), state
+
+    found = jax.eval_shape(there_and_back, tree, state)
+    assert found == jax.eval_shape(lambda *kept: kept, tree, state)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_clients_mapped_together_send_what_each_sends_alone(rng, name):
+    compressor = LOSSY[name]
+    updates = jnp.asarray(rng.normal(size=(3, 4, 5)))
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def one(update, key):
+        message, state = compressor.compress(update, compressor.init(update), key=key)
+        return compressors.message_bytes(message), compressor.decompress(message), state
+
+    together = jax.jit(jax.vmap(one))(updates, keys)
+    alone = [one(update, key) for update, key in zip(updates, keys, strict=True)]
+    jax.tree.map(
+        lambda found, *single: np.testing.assert_allclose(found, single, rtol=1e-11, atol=1e-12),
+        together,
+        *alone,
+    )
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_messages_of_zeros_are_zeros(key, name):
+    _, received = send(LOSSY[name], jnp.zeros((4, 5)), key=key)
+    np.testing.assert_array_equal(received, 0)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_nan_is_sent_rather_than_hidden(rng, key, name):
+    update = jnp.asarray(rng.normal(size=(4, 5))).at[2, 3].set(jnp.nan)
+    _, received = send(LOSSY[name], update, key=key)
+    assert jnp.isnan(received[2, 3])
+
+
+@pytest.mark.parametrize("build", [compressors.top_k, compressors.csr])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_largest_entries_are_kept(rng, key, build, dtype):
+    update = jnp.asarray(rng.normal(size=(4, 5)), dtype)
+    for count in (1, 7, 25):
+        _, received = send(build(count), update, key=key)
+        np.testing.assert_array_equal(received, largest(update, count))
+
+
+@pytest.mark.parametrize("build", [compressors.top_k, compressors.csr])
+def test_of_equal_moduli_the_first_are_kept(key, build):
+    update = jnp.array([[1.0, -2.0, 2.0], [-2.0, 0.0, 2.0]])
+    for count in (1, 2, 4):
+        _, received = send(build(count), update, key=key)
+        np.testing.assert_array_equal(received, largest(update, count))
+
+
+@pytest.mark.parametrize("k", [1, 6, 13, 24])
+def test_top_k_contracts_every_array(rng, key, k):
+    sizes = (3, 8), (2, 3, 4), (24,)
+    # The bound is attained by entries of one modulus.
+    tree = [*(jnp.asarray(rng.normal(size=size)) for size in sizes), jnp.full((4, 6), -0.5)]
+    _, received = send(compressors.top_k(k), tree, key=key)
+    for found, array in zip(received, tree, strict=True):
+        bound = (1 - k / 24) * jnp.sum(array**2)
+        assert jnp.sum((found - array) ** 2) <= bound * (1 + 24 * jnp.finfo(jnp.float64).eps)
+
+
+@pytest.mark.parametrize("build", [compressors.top_k, compressors.csr])
+def test_enough_entries_are_lossless(rng, key, build):
+    sparse = jnp.asarray(np.where(rng.random((6, 7)) < 0.2, rng.normal(size=(6, 7)), 0))
+    count = int(jnp.count_nonzero(sparse))
+    for enough in (count, count + 3):
+        np.testing.assert_array_equal(send(build(enough), sparse, key=key)[1], sparse)
+    assert not np.array_equal(send(build(count - 1), sparse, key=key)[1], sparse)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_top_k_sends_values_and_positions(update, key, dtype):
+    tree = {"long": update.astype(dtype), "short": jnp.arange(4, dtype=dtype)}
+    message, received = send(compressors.top_k(4), tree, key=key)
+    long = message["long"]
+    np.testing.assert_array_equal(long.values, tree["long"].reshape(-1)[long.indices])
+    np.testing.assert_array_equal(received["short"], message["short"])
+    assert long.indices.dtype == jnp.int32
+    sent = bytes_of(long.values, long.indices, message["short"])
+    assert (
+        compressors.message_bytes(message)
+        == sent
+        == 4 * (dtype.dtype.itemsize + 4) + bytes_of(tree["short"])
+    )
+
+
+@pytest.mark.parametrize("name", ["top_k", "csr", "top_k_with_feedback"])
+def test_derivative_is_that_of_the_kept_entries(rng, key, name):
+    """The gradient of ||C(x)||^2 / 2 is C(x)."""
+    compressor = LOSSY[name]
+    update = jnp.asarray(rng.normal(size=(4, 5))).at[0, 0].set(0)
+
+    def half_square(update):
+        return jnp.sum(send(compressor, update, key=key)[1] ** 2) / 2
+
+    gradient = jax.grad(half_square)(update)
+    np.testing.assert_array_equal(gradient, send(compressor, update, key=key)[1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_csr_has_the_arrays_of_scipy(key, seed, dtype):
+    rng = np.random.default_rng(seed)
+    dense = np.where(rng.random((6, 7)) < 0.25, rng.normal(size=(6, 7)), 0).astype(dtype)
+    dense[seed], dense[-1] = 0, 0
+    expected = scipy.sparse.csr_matrix(dense)
+    message, received = send(compressors.csr(30), jnp.asarray(dense), key=key)
+    np.testing.assert_array_equal(message.values[: expected.nnz], expected.data)
+    np.testing.assert_array_equal(message.columns[: expected.nnz], expected.indices)
+    np.testing.assert_array_equal(message.row_starts, expected.indptr)
+    np.testing.assert_array_equal(message.values[expected.nnz :], 0)
+    np.testing.assert_array_equal(received, dense)
+    assert message.columns.dtype == message.row_starts.dtype == jnp.int32
+    sent = bytes_of(expected.data, expected.indices, expected.indptr)
+    assert compressors.message_bytes(message) == sent
+    if dtype == jnp.float32:
+        assert sent == 4 * (2 * expected.nnz + 6 + 1)
+
+
+def test_csr_of_chosen_entries_has_the_arrays_of_scipy(rng, key):
+    dense = jnp.asarray(rng.normal(size=(5, 4)))
+    expected = scipy.sparse.csr_matrix(largest(dense, 9))
+    message, _ = send(compressors.csr(9), dense, key=key)
+    np.testing.assert_array_equal(message.values, expected.data)
+    np.testing.assert_array_equal(message.columns, expected.indices)
+    np.testing.assert_array_equal(message.row_starts, expected.indptr)
+
+
+def test_csr_leaves_what_is_no_matrix(rng, key):
+    tree = {"w": jnp.zeros((3, 4)), "b": jnp.asarray(rng.normal(size=5))}
+    message, received = send(compressors.csr(2), tree, key=key)
+    np.testing.assert_array_equal(received["b"], tree["b"])
+    # No entry of a zero matrix is sent, only where its rows start.
+    assert compressors.message_bytes(message) == 4 * (3 + 1) + bytes_of(tree["b"])
+
+
+@pytest.mark.parametrize("budget", [(5200, 5074), (10800, 10674), (30000, 29874)])
+def test_sparse_messages_have_the_stated_budgets(budget):
+    """2 k numbers against 2 nnz + n + 1, both just within those of Tucker ranks 20, 40, 100."""
+    k, num_nonzeros = budget
+    image, key = jnp.ones((250, 250), jnp.float32), jax.random.key(0)
+    rank = {5200: 20, 10800: 40, 30000: 100}[k]
+    available = int(compressors.message_bytes(message_of(250, rank)))
+    for compressor, spare in ((compressors.top_k(k), 0), (compressors.csr(num_nonzeros), 4)):
+        message, _ = jax.jit(compressor.compress)(image, (), key=key)
+        assert available - compressors.message_bytes(message) == spare
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS)
+def test_codes_are_packed_without_loss(rng, key, bits):
+    """Entries on the grid come back exactly, whatever the key."""
+    codes = [rng.integers(2**bits, size=size) for size in (2, 3, 9, 2001)]
+    for array in codes:
+        array[[0, -1]] = 0, 2**bits - 1
+    dtypes = (jnp.float64, jnp.float32, jnp.float64, jnp.float32)
+    tree = [jnp.asarray(array, dtype) for array, dtype in zip(codes, dtypes, strict=True)]
+    message, received = send(QUANTIZERS[bits], tree, key=key)
+    jax.tree.map(np.testing.assert_array_equal, received, tree)
+    for node, array in zip(message, codes, strict=True):
+        digits = (array[:, None] >> np.arange(bits)) & 1
+        packed = np.packbits(digits.astype(bool).reshape(-1), bitorder="little")
+        np.testing.assert_array_equal(np.asarray(node.codes).view(np.uint8), packed)
+        sent = bytes_of(node.codes, node.low, node.step)
+        assert compressors.message_bytes(node) == sent
+        assert sent == -(-array.size * bits // 8) + 2 * node.low.dtype.itemsize
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_quantization_errs_by_at_most_a_step(rng, bits, dtype):
+    """Over many small arrays, so that the quotient of a largest entry is also rounded up."""
+    updates = jnp.asarray(rng.normal(size=(20000, 3)), dtype)
+    keys = jax.random.split(jax.random.key(0), 20000)
+    received = receive_many(QUANTIZERS[bits], updates, keys)
+    steps = np.ptp(np.asarray(updates), axis=1, keepdims=True) / (2**bits - 1)
+    rounding = 4 * jnp.finfo(dtype).eps * np.abs(updates).max(axis=1, keepdims=True)
+    assert (np.abs(received - updates) <= steps + rounding).all()
+    for extreme in (np.argmin, np.argmax):
+        rows = np.arange(20000), extreme(np.asarray(updates), axis=1)
+        assert (np.abs(received - updates)[rows] <= rounding[:, 0]).mean() > 0.98
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bits", QUANTIZERS)
+def test_quantization_is_unbiased(rng, bits, seed):
+    update, num_keys = rng.normal(size=(5, 7)).astype(np.float32), 4000
+    keys = jax.random.split(jax.random.key(seed), num_keys)
+    updates = jnp.broadcast_to(update, (num_keys, *update.shape))
+    received = receive_many(QUANTIZERS[bits], updates, keys)
+    mean = np.mean(received, axis=0, dtype=np.float64)
+    exact = update.astype(np.float64)
+    step = np.ptp(exact) / (2**bits - 1)
+    fraction = (exact - exact.min()) / step % 1
+    standard_error = step * np.sqrt(fraction * (1 - fraction) / num_keys)
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(exact).max()
+    assert (np.abs(mean - exact) <= 4.5 * standard_error + rounding).all()
+
+
+def test_arrays_and_clients_are_rounded_independently():
+    ramp = jnp.linspace(0, 1, 200)
+    _, first = send(QUANTIZERS[1], [ramp, ramp], key=jax.random.key(0))
+    _, second = send(QUANTIZERS[1], [ramp, ramp], key=jax.random.key(1))
+    draws = [*first, *second]
+    for i, draw in enumerate(draws):
+        assert not any(np.array_equal(draw, other) for other in draws[:i])
+    _, again = send(QUANTIZERS[1], [ramp, ramp], key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS)
+def test_constant_arrays_are_quantized_exactly(key, bits):
+    for value in (0.0, -3.7, 1e30, 1e-30):
+        tree = [jnp.full(shape, value, jnp.float32) for shape in ((), (1,), (3, 5))]
+        _, received = send(QUANTIZERS[bits], tree, key=key)
+        jax.tree.map(np.testing.assert_array_equal, received, tree)
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS)
+def test_quantization_leaves_no_finite_entry_beside_a_bad_one(update, key, bits):
+    # The last range is too large for the dtype.
+    for bad in (jnp.nan, jnp.inf, -jnp.inf, [-1.5e308, 1.5e308]):
+        tree = {"bad": update.at[1, 2, 3:].set(bad), "good": update}
+        _, received = send(QUANTIZERS[bits], tree, key=key)
+        assert not jnp.isfinite(received["bad"]).any()
+        assert jnp.isfinite(received["good"]).all()
+
+
+@pytest.mark.parametrize("compressor", [compressors.top_k(2), QUANTIZERS[4]])
+def test_empty_arrays_are_sent_as_they_are(key, compressor):
+    tree = {"w": jnp.zeros((0, 3)), "none": ()}
+    message, received = send(compressor, tree, key=key)
+    assert received["w"].shape == (0, 3)
+    assert compressors.message_bytes(message) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_csr_of_empty_matrices_has_only_row_starts(key, shape):
+    message, received = send(compressors.csr(2), jnp.zeros(shape), key=key)
+    assert received.shape == shape
+    assert compressors.message_bytes(message) == 4 * (shape[0] + 1)
+
+
+def run_with_feedback(compressor, updates, key):
+    """Send one update after the other; return what arrived and the last state."""
+    patient = compressors.error_feedback(compressor)
+
+    def step(state, args):
+        update, key = args
+        message, state = patient.compress(update, state, key=key)
+        return state, patient.decompress(message)
+
+    start = patient.init(jax.tree.map(lambda leaf: leaf[0], updates))
+    keys = jax.random.split(key, len(jax.tree.leaves(updates)[0]))
+    state, received = jax.jit(lambda start: jax.lax.scan(step, start, (updates, keys)))(start)
+    return received, state
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        compressors.identity(),
+        compressors.top_k(3),
+        compressors.csr(3),
+        QUANTIZERS[4],
+        compressors.truncated_svd(1),
+        compressors.truncated_tucker((1, 2)),
+    ],
+)
+def test_decoded_messages_and_residual_sum_to_the_updates(rng, key, compressor):
+    updates = {
+        "v": jnp.asarray(rng.normal(size=(12, 4, 5)), jnp.float32),
+        "w": jnp.asarray(rng.normal(size=(12, 5, 3))),
+        "b": jnp.asarray(rng.normal(size=(12, 6))),
+    }
+    received, state = run_with_feedback(compressor, updates, key)
+    for name, sent in updates.items():
+        parts = np.concatenate([received[name], state.residual[name][None]])
+        found = np.sum(parts, axis=0, dtype=np.float64)
+        # In every round two sums and a difference of numbers not above the sum of all.
+        atol = 3 * 12 * jnp.finfo(sent.dtype).eps * np.abs(sent).sum(axis=0).max()
+        np.testing.assert_allclose(found, np.sum(sent, axis=0, dtype=np.float64), atol=atol)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_residual_of_a_contraction_stays_bounded(key, k, seed):
+    """||residual||^2 <= 4 (1 - d) / d^2 max ||update||^2 with d = k / size."""
+    updates = jnp.asarray(np.random.default_rng(seed).normal(size=(300, 20)))
+    _, state = run_with_feedback(compressors.top_k(k), updates, key)
+    contraction = k / 20
+    bound = 4 * (1 - contraction) / contraction**2 * jnp.max(jnp.sum(updates**2, axis=1))
+    assert 0 < jnp.sum(state.residual**2) <= bound
+
+
+def test_state_of_the_wrapped_compressor_is_carried(update, key):
+    patient = compressors.error_feedback(compressors.truncated_tucker((2, 2, 2)))
+    state = patient.init(update)
+    state = state._replace(inner=jnp.array([1, 2, 2], jnp.int32))
+    message, new_state = patient.compress(update, state, key=key)
+    np.testing.assert_array_equal(new_state.inner, state.inner)
+    assert compressors.message_bytes(message) == 8 * (4 + 3 + 2 * 4 + 2 * 5)
+
+
+def test_misused_sparse_and_quantized_compressors_are_refused(key):
+    for build, name in ((compressors.top_k, "k"), (compressors.csr, "num_nonzeros")):
+        for wrong in (0, -1, 2.0, True, "3"):
+            text = rf"{build.__name__}: got {name} {wrong!r}, expected an integer from 1"
+            with pytest.raises(ValueError, match=text):
+                build(wrong)
+    for wrong in (3, 32):
+        text = rf"quantize: got bits {wrong}, expected 1, 2, 4, 8 or 16"
+        with pytest.raises(ValueError, match=text):
+            compressors.quantize(wrong)
+    for wrong in (0, 8.0, True):
+        with pytest.raises(ValueError, match=rf"quantize: got bits {wrong}, expected an integer"):
+            compressors.quantize(wrong)
+    with pytest.raises(ValueError, match=r"csr: got an update of shapes \[\(3,\)\], .* 2 modes"):
+        compressors.csr(2).init(jnp.zeros(3))
+
+
+@pytest.mark.parametrize("build", [compressors.top_k, compressors.csr, compressors.quantize])
+def test_updates_that_are_not_floating_are_refused(key, build):
+    tree = {"w": jnp.zeros((3, 4)), "n": jnp.zeros((2, 2), jnp.int32)}
+    text = rf"{build.__name__}: got update of dtype int32, expected float32 or float64"
+    with pytest.raises(ValueError, match=text):
+        build(2).init(tree)
+    with pytest.raises(ValueError, match=text):
+        jax.jit(build(2).compress)(tree, (), key=key)
+
+
+@pytest.mark.parametrize("build", [compressors.top_k, compressors.csr])
+def test_arrays_too_large_for_int32_positions_are_refused(key, build):
+    huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
+    text = rf"{build.__name__}: got an array of 2147483648 entries, expected less than 2\^31"
+    with pytest.raises(ValueError, match=text):
+        jax.eval_shape(lambda update: build(2).compress(update, (), key=key), huge)
+
+
+def test_misused_error_feedback_is_refused(update, key):
+    with pytest.raises(ValueError, match=r"error_feedback: got compressor of type function"):
+        compressors.error_feedback(compressors.top_k)
+    patient = compressors.error_feedback(compressors.top_k(2))
+    state = patient.init(update[0])
+    with pytest.raises(
+        ValueError, match=r"error_feedback: got residual .*\[4, 5\], expected .*3, 4"
+    ):
+        patient.compress(update, state, key=key)
+    flat = compressors.identity()._replace(decompress=jnp.ravel)
+    broken = compressors.error_feedback(flat)
+    with pytest.raises(ValueError, match=r"error_feedback: got decompressed update .*\[60\]"):
+        broken.compress(update, broken.init(update), key=key)
