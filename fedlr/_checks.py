@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jaxtyping import Array
 
 
@@ -48,6 +49,18 @@ def check_count(function: str, name: str, count: int, minimum: int = 1) -> None:
     """Refuse a count that is not an integer from `minimum`."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < minimum:
         raise fail(function, f"{name} {count!r}", f"an integer from {minimum}")
+
+
+def check_non_negative(function: str, name: str, value: float | Array) -> None:
+    """Refuse a concrete number or array with an entry that is negative or NaN; tracers pass."""
+    if not isinstance(value, core.Tracer) and not np.all(np.asarray(value) >= 0):
+        raise fail(function, f"{name} {value}", "a non-negative number")
+
+
+def check_fraction(function: str, name: str, value: float) -> None:
+    """Refuse a Python number that is not within 0 and 1."""
+    if not 0.0 <= value <= 1.0:
+        raise fail(function, f"{name} {value}", "a fraction from 0 to 1")
 
 
 def check_rank(function: str, rank: int, maximum: int, name: str = "rank") -> None:

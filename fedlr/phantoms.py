@@ -8,7 +8,8 @@ together. The sum of ellipse phantoms is an ellipse phantom, so a linear combina
 closed-form sinogram as well.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from fedlr import _checks
 
 __all__ = [
     "Ellipses",
+    "append_combination",
     "combine",
+    "couple",
     "coupled_phantoms",
     "modified_shepp_logan",
     "random_ellipses",
@@ -50,6 +53,17 @@ class Ellipses(NamedTuple):
     center_x: Float[Array, " ellipses"]
     center_y: Float[Array, " ellipses"]
     rotation: Float[Array, " ellipses"]
+
+
+class _Shapes(Protocol):
+    """Named fields of shape (ellipses,), or with a leading axis of images, an amplitude first."""
+
+    @property
+    def amplitude(self) -> Array: ...
+    def _replace(self, /, **fields: Any) -> Self: ...
+
+
+Shapes = TypeVar("Shapes", bound=_Shapes)
 
 
 # A, B, x0, y0, rotation in degrees; the amplitudes are the two functions' own.
@@ -218,11 +232,12 @@ def _join(*parts: Ellipses) -> Ellipses:
     return jax.tree.map(lambda *fields: jnp.concatenate(fields), *parts)
 
 
-def combine(phantoms: Ellipses, coefficients: Float[Array, " images"]) -> Ellipses:
+def combine(phantoms: Shapes, coefficients: Float[Array, " images"]) -> Shapes:
     """Return the phantom of the linear combination sum_i c_i w_i.
 
     Args:
-        phantoms: Images w_i, every field of shape (images, ellipses).
+        phantoms: Images w_i, every field of shape (images, ellipses). `Ellipses`, or anything else
+            with an amplitude, as `ellipsoids.Ellipsoids`.
         coefficients: Coefficients c_i, shape (images,), of the fields' dtype.
 
     Returns:
@@ -237,17 +252,38 @@ def combine(phantoms: Ellipses, coefficients: Float[Array, " images"]) -> Ellips
     return jax.tree.map(jnp.ravel, scaled)
 
 
-def _append_combination(phantoms: Ellipses, coefficients: Float[Array, " images"]) -> Ellipses:
-    """Append the combination as one more image; the others are padded with zero amplitudes."""
+def append_combination(phantoms: Shapes, coefficients: Float[Array, " images"]) -> Shapes:
+    """Append the combination w_N = sum_i c_i w_i to images w_1 .. w_(N-1).
+
+    Args:
+        phantoms: Images w_i as for `combine`, every field of shape (N - 1, ellipses).
+        coefficients: Coefficients c_i, shape (N - 1,), of the fields' dtype.
+
+    Returns:
+        Fields of shape (N, (N - 1) * ellipses); the images w_i are padded with copies of their last
+        ellipse that have amplitude zero.
+
+    Raises:
+        ValueError: If the number of coefficients is not the number of images, or an image has no
+            ellipse.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedlr import phantoms
+        >>> draw = lambda key: phantoms.random_ellipses(4, key=key)
+        >>> images = jax.vmap(draw)(jax.random.split(jax.random.key(0), 2))
+        >>> phantoms.append_combination(images, jnp.array([0.6, 0.4])).amplitude.shape
+        (3, 10)
+    """
     last = combine(phantoms, coefficients)
-    missing = last.amplitude.shape[0] - phantoms.amplitude.shape[1]
-
-    def append(field, combined, fill):
-        padded = jnp.pad(field, ((0, 0), (0, missing)), constant_values=fill)
-        return jnp.concatenate([padded, combined[None]])
-
-    fills = Ellipses(0.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # pyright: ignore[reportArgumentType]
-    return jax.tree.map(append, phantoms, last, fills)
+    num_ellipses = phantoms.amplitude.shape[1]
+    if num_ellipses < 1:
+        got = f"amplitude of shape {phantoms.amplitude.shape}"
+        raise _checks.fail("append_combination", got, "at least one ellipse")
+    missing = ((0, 0), (0, last.amplitude.shape[0] - num_ellipses))
+    padded = jax.tree.map(lambda field: jnp.pad(field, missing, mode="edge"), phantoms)
+    padded = padded._replace(amplitude=jnp.pad(phantoms.amplitude, missing))
+    return jax.tree.map(lambda f, combined: jnp.concatenate([f, combined[None]]), padded, last)
 
 
 def reference_set(*, dtype: DTypeLike = float) -> Ellipses:
@@ -280,7 +316,46 @@ def reference_set(*, dtype: DTypeLike = float) -> Ellipses:
     ellipses = [(row[0] / _REFERENCE_MAXIMUM, *row[1:]) for row in _REFERENCE_ELLIPSES]
     images = (modified_shepp_logan(dtype=dtype), _from_rows(ellipses, dtype))
     stacked = jax.tree.map(lambda *f: jnp.stack(f), *images, rings_and_discs(dtype=dtype))
-    return _append_combination(stacked, jnp.array([0.5, 0.3, 0.2], dtype=dtype))
+    return append_combination(stacked, jnp.array([0.5, 0.3, 0.2], dtype=dtype))
+
+
+def couple(
+    images: Shapes,
+    coefficients: Float[Array, " images"],
+    largest_value: Callable[[Any], Float[Array, ""]],
+    *,
+    common: float = 1.0,
+) -> Shapes:
+    """Make a multimodal set w_1 .. w_N of images that were drawn independently.
+
+    Three steps: of the ellipses after the first, which always does, a fraction `common` gets the
+    geometry it has in the first image, keeping each image's own amplitudes; every image is divided
+    by its largest value; the combination w_N = sum_i c_i w_i is appended.
+
+    Args:
+        images: Images as for `combine`, every field of shape (N - 1, ellipses).
+        coefficients: c_1 .. c_(N-1), shape (N - 1,), of the fields' dtype.
+        largest_value: Function of one image, fields of shape (ellipses,), that returns its largest
+            value, a positive scalar; *static*.
+        common: Fraction of ellipses with common geometry, from 0 to 1; *static*.
+
+    Returns:
+        Fields of shape (N, (N - 1) * ellipses).
+
+    Raises:
+        ValueError: If `common` is not within 0 and 1, or the number of coefficients is not the
+            number of images.
+    """
+    _checks.check_ndim("couple", "amplitude", images.amplitude, 2)
+    _checks.check_shape("couple", "coefficients", coefficients, images.amplitude.shape[:1])
+    _checks.check_fraction("couple", "common", common)
+    num_ellipses = images.amplitude.shape[1]
+    shared = jnp.arange(num_ellipses) < 1 + round(common * (num_ellipses - 1))
+    aligned = jax.tree.map(lambda field: jnp.where(shared[None, :], field[:1], field), images)
+    aligned = aligned._replace(amplitude=images.amplitude)
+    peaks = jax.vmap(largest_value)(aligned)
+    scaled = aligned._replace(amplitude=aligned.amplitude / peaks[:, None])
+    return append_combination(scaled, coefficients)
 
 
 def coupled_phantoms(
@@ -321,20 +396,16 @@ def coupled_phantoms(
     _checks.check_floating("coupled_phantoms", coefficients=coefficients)
     _checks.check_ndim("coupled_phantoms", "coefficients", coefficients, 1)
     _checks.check_count("coupled_phantoms", "num_inner", num_inner, 0)
-    if not 0.0 <= common <= 1.0:
-        raise _checks.fail("coupled_phantoms", f"common {common}", "a fraction from 0 to 1")
-    keys = jax.random.split(key, coefficients.shape[0])
+    _checks.check_fraction("coupled_phantoms", "common", common)
 
     def draw(key):
         return random_ellipses(num_inner, key=key, dtype=coefficients.dtype)
 
-    images = jax.vmap(draw)(keys)
-    shared = jnp.arange(1 + num_inner) < 1 + round(common * num_inner)
-    aligned = jax.tree.map(lambda field: jnp.where(shared[None, :], field[:1], field), images)
-    aligned = aligned._replace(amplitude=images.amplitude)
-    peaks = jax.vmap(lambda image: rasterize(image, 128, subsamples=1).max())(aligned)
-    scaled = aligned._replace(amplitude=aligned.amplitude / peaks[:, None])
-    return _append_combination(scaled, coefficients)
+    def largest_value(image):
+        return rasterize(image, 128, subsamples=1).max()
+
+    images = jax.vmap(draw)(jax.random.split(key, coefficients.shape[0]))
+    return couple(images, coefficients, largest_value, common=common)
 
 
 def _centers(size: int, dtype: DTypeLike) -> Float[Array, " size"]:

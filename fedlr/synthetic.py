@@ -6,27 +6,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fedlr import _checks, noise, phantoms, tomography
+from fedlr import _checks, ellipsoids, noise, phantoms, tomography
 
-__all__ = ["MultimodalScans", "multimodal_scans", "uniform_angles"]
+__all__ = [
+    "MultimodalScans",
+    "coupled_channels",
+    "multimodal_scans",
+    "multimodal_volumes",
+    "scan_phantoms",
+    "uniform_angles",
+]
 
 
 class MultimodalScans(NamedTuple):
     """Tomographic scans of several images that are tied by ``w_N = sum_{i<N} c_i w_i``.
 
+    Scans of volumes have an axis of slices after that of the clients.
+
     Attributes:
-        images: Truth, non-negative, shape (clients, n, n).
+        images: Truth, non-negative, shape (clients, n, n) or (clients, slices, n, n).
         angles: Viewing angles in radians, shape (clients, views).
-        sinograms: Noisy sinograms in pixel units, shape (clients, views, bins).
+        sinograms: Noisy sinograms in pixel units, shape (clients, views, bins) or (clients, slices,
+            views, bins).
         clean: The same without noise.
         noise_levels: Standard deviation of the noise of every client, shape (clients,).
         coefficients: Coupling coefficients c_1 .. c_(N-1), shape (clients - 1,).
     """
 
-    images: Float[Array, "clients n n"]
+    images: Float[Array, "clients *slices n n"]
     angles: Float[Array, "clients views"]
-    sinograms: Float[Array, "clients views bins"]
-    clean: Float[Array, "clients views bins"]
+    sinograms: Float[Array, "clients *slices views bins"]
+    clean: Float[Array, "clients *slices views bins"]
     noise_levels: Float[Array, " clients"]
     coefficients: Float[Array, " coefficients"]
 
@@ -53,14 +63,45 @@ def uniform_angles(num_angles: int, *, dtype=jnp.float32) -> Float[Array, " angl
     return jnp.linspace(0.0, jnp.pi, num_angles, endpoint=False, dtype=dtype)
 
 
-def multimodal_scans(
+def _check_scan(function, geometry, angles, sigma):
+    """Refuse a scan that is none of square images; return the angles as an array."""
+    rows, columns = geometry.shape
+    if rows != columns:
+        raise _checks.fail(function, f"image shape {geometry.shape}", "a square image")
+    angles = jnp.asarray(angles)
+    _checks.check_floating(function, angles=angles)
+    _checks.check_ndim(function, "angles", angles, 1, 2)
+    _checks.check_non_negative(function, "sigma", sigma)
+    return angles
+
+
+def _every_client(function, angles, num_clients):
+    """Give every client its angles: (clients, views)."""
+    if angles.ndim == 1:
+        return jnp.broadcast_to(angles, (num_clients, *angles.shape))
+    _checks.check_shape(function, "angles", angles, (num_clients, angles.shape[1]))
+    return angles
+
+
+def _measure(images, clean, angles, coefficients, sigma, key):
+    """Add the noise of every client."""
+    level = jnp.asarray(sigma, clean.dtype)
+    scans = jax.vmap(lambda scan, key: noise.gaussian(scan, level, key=key))(
+        clean, jax.random.split(key, clean.shape[0])
+    )
+    return MultimodalScans(images, angles, scans.noisy, clean, scans.deviation, coefficients)
+
+
+def scan_phantoms(
     geometry: tomography.ParallelBeam,
-    angles: Float[Array, " views"],
+    ellipses: phantoms.Ellipses,
+    coefficients: Float[Array, " coefficients"],
+    angles: Float[Array, " views"] | Float[Array, "clients views"],
     *,
     sigma: float | Array,
     key: Key[Array, ""],
 ) -> MultimodalScans:
-    """Scan the four coupled images of `phantoms.reference_set` and add noise.
+    """Scan a coupled set of ellipse phantoms, one per client, and add noise.
 
     The sinograms are closed-form line integrals of the ellipses, averaged over the width of a
     bin, and the images are antialiased: no discrete projector is used on either side, so a
@@ -69,16 +110,75 @@ def multimodal_scans(
 
     Args:
         geometry: Sizes of the scan; its image must be square. *Static.*
-        angles: Viewing angles in radians, the same for all clients, shape (views,). Their dtype
-            is that of the result.
-        sigma: Noise level relative to the largest clean value of a client.
+        ellipses: Phantoms w_1 .. w_N with w_N = sum_i c_i w_i, every field of shape (N, ellipses),
+            as of `phantoms.coupled_phantoms` or `phantoms.append_combination`. float32 or float64;
+            their dtype is that of the result.
+        coefficients: Coefficients c_1 .. c_(N-1) by which they are tied, shape (N - 1,); handed on.
+        angles: Viewing angles in radians, the same for all clients, shape (views,), or each
+            client's own, shape (N, views); of the phantoms' dtype.
+        sigma: Noise level relative to the largest clean value of a client, a scalar from 0; traced,
+            and then its sign is not checked.
+        key: Random key of the noise.
+
+    Returns:
+        The scans of N clients.
+
+    Raises:
+        ValueError: If the image is not square, a shape or dtype does not fit, or a concrete `sigma`
+            is negative or NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedlr import phantoms, synthetic, tomography
+        >>> phantom_key, noise_key = jax.random.split(jax.random.key(0))
+        >>> coefficients = jnp.array([0.6, 0.4])
+        >>> ellipses = phantoms.coupled_phantoms(coefficients, key=phantom_key)
+        >>> geometry = tomography.ParallelBeam(shape=(16, 16), num_bins=23)
+        >>> angles = jnp.array([[0.0, 1.5], [0.5, 2.0], [1.0, 2.5]])
+        >>> scans = synthetic.scan_phantoms(
+        ...     geometry, ellipses, coefficients, angles, sigma=0.05, key=noise_key
+        ... )
+        >>> scans.images.shape, scans.sinograms.shape
+        ((3, 16, 16), (3, 2, 23))
+    """
+    angles = _check_scan("scan_phantoms", geometry, angles, sigma)
+    coefficients = jnp.asarray(coefficients)
+    _checks.check_ndim("scan_phantoms", "amplitude", ellipses.amplitude, 2)
+    num_clients, size = ellipses.amplitude.shape[0], geometry.shape[0]
+    _checks.check_shape("scan_phantoms", "coefficients", coefficients, (num_clients - 1,))
+    angles = _every_client("scan_phantoms", angles, num_clients)
+    images = jax.vmap(lambda e: phantoms.rasterize(e, size))(ellipses)
+    clean = jax.vmap(lambda e, a: phantoms.sinogram(e, a, geometry.num_bins, size))(
+        ellipses, angles
+    )
+    return _measure(images, clean, angles, coefficients, sigma, key)
+
+
+def multimodal_scans(
+    geometry: tomography.ParallelBeam,
+    angles: Float[Array, " views"] | Float[Array, "clients views"],
+    *,
+    sigma: float | Array,
+    key: Key[Array, ""],
+) -> MultimodalScans:
+    """Scan the four coupled images of `phantoms.reference_set` and add noise.
+
+    `scan_phantoms`, where the manner of the scan is described, on that set.
+
+    Args:
+        geometry: Sizes of the scan; its image must be square. *Static.*
+        angles: Viewing angles in radians, the same for all clients, shape (views,), or each
+            client's own, shape (4, views). Their dtype is that of the result.
+        sigma: Noise level relative to the largest clean value of a client, a scalar from 0; traced,
+            and then its sign is not checked.
         key: Random key of the noise.
 
     Returns:
         The scans of N = 4 clients with c = (0.5, 0.3, 0.2).
 
     Raises:
-        ValueError: If the image is not square or the angles are not a floating vector.
+        ValueError: If the image is not square, the angles are not floating or of another shape, or
+            a concrete `sigma` is negative or NaN.
 
     Example:
         >>> import jax
@@ -90,23 +190,123 @@ def multimodal_scans(
         >>> scans.images.shape, scans.sinograms.shape
         ((4, 16, 16), (4, 5, 23))
     """
-    rows, columns = geometry.shape
-    if rows != columns:
-        raise _checks.fail("multimodal_scans", f"image shape {geometry.shape}", "a square image")
-    _checks.check_floating("multimodal_scans", angles=angles)
-    _checks.check_ndim("multimodal_scans", "angles", angles, 1)
+    angles = _check_scan("multimodal_scans", geometry, angles, sigma)
+    angles = _every_client("multimodal_scans", angles, 4)
     ellipses = phantoms.reference_set(dtype=angles.dtype)
-    images = jax.vmap(lambda e: phantoms.rasterize(e, rows))(ellipses)
-    clean = jax.vmap(lambda e: phantoms.sinogram(e, angles, geometry.num_bins, rows))(ellipses)
-    level = jnp.asarray(sigma, angles.dtype)
-    scans = jax.vmap(lambda scan, key: noise.gaussian(scan, level, key=key))(
-        clean, jax.random.split(key, clean.shape[0])
-    )
-    return MultimodalScans(
-        images=images,
-        angles=jnp.broadcast_to(angles, (clean.shape[0], angles.shape[0])),
-        sinograms=scans.noisy,
-        clean=clean,
-        noise_levels=scans.deviation,
-        coefficients=jnp.asarray([0.5, 0.3, 0.2], angles.dtype),
-    )
+    coefficients = jnp.asarray([0.5, 0.3, 0.2], angles.dtype)
+    return scan_phantoms(geometry, ellipses, coefficients, angles, sigma=sigma, key=key)
+
+
+def multimodal_volumes(
+    geometry: tomography.ParallelBeam,
+    angles: Float[Array, " views"] | Float[Array, "clients views"],
+    *,
+    num_slices: int,
+    coefficients: Float[Array, " coefficients"],
+    sigma: float | Array,
+    key: Key[Array, ""],
+) -> MultimodalScans:
+    """Draw coupled volumes, scan them slice by slice and add noise.
+
+    The volumes are those of `ellipsoids.coupled_ellipsoids`, cut at `ellipsoids.heights`; every
+    slice is scanned as in `scan_phantoms`, along the same angles. Noise of client i is ``sigma *
+    max(clean_i) * N(0, 1)`` with the largest value of its whole volume.
+
+    Args:
+        geometry: Sizes of the scan of a slice; its image must be square. *Static.*
+        angles: Viewing angles in radians, the same for all clients, shape (views,), or each
+            client's own, shape (clients, views). Their dtype is that of the result.
+        num_slices: Slices of a volume; *static*.
+        coefficients: c_1 .. c_(N-1), shape (N - 1,), of the angles' dtype.
+        sigma: Noise level relative to the largest clean value of a client, a scalar from 0; traced,
+            and then its sign is not checked.
+        key: Random key of the volumes and the noise.
+
+    Returns:
+        The scans of N clients: images (N, num_slices, n, n), sinograms (N, num_slices, views,
+        bins).
+
+    Raises:
+        ValueError: If the image is not square, a shape, dtype or count does not fit, or a concrete
+            `sigma` is negative or NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedlr import synthetic, tomography
+        >>> scans = synthetic.multimodal_volumes(
+        ...     tomography.ParallelBeam(shape=(16, 16), num_bins=23),
+        ...     synthetic.uniform_angles(5),
+        ...     num_slices=3,
+        ...     coefficients=jnp.array([0.6, 0.4]),
+        ...     sigma=0.05,
+        ...     key=jax.random.key(0),
+        ... )
+        >>> scans.images.shape, scans.sinograms.shape
+        ((3, 3, 16, 16), (3, 3, 5, 23))
+    """
+    angles = _check_scan("multimodal_volumes", geometry, angles, sigma)
+    _checks.check_count("multimodal_volumes", "num_slices", num_slices)
+    coefficients = jnp.asarray(coefficients)
+    _checks.check_ndim("multimodal_volumes", "coefficients", coefficients, 1)
+    if coefficients.dtype != angles.dtype:
+        got = f"coefficients of dtype {coefficients.dtype}"
+        raise _checks.fail("multimodal_volumes", got, f"the angles' dtype {angles.dtype}")
+    angles = _every_client("multimodal_volumes", angles, coefficients.shape[0] + 1)
+    volume_key, noise_key = jax.random.split(key)
+    volumes = ellipsoids.coupled_ellipsoids(coefficients, key=volume_key)
+
+    def scan_slice(height):
+        ellipses = ellipsoids.cross_section(volumes, height)
+        size = geometry.shape[0]
+        images = jax.vmap(lambda e: phantoms.rasterize(e, size))(ellipses)
+        return images, jax.vmap(lambda e, a: phantoms.sinogram(e, a, geometry.num_bins, size))(
+            ellipses, angles
+        )
+
+    slices = jax.lax.map(scan_slice, ellipsoids.heights(num_slices, dtype=angles.dtype))
+    images, clean = (jnp.moveaxis(stack, 0, 1) for stack in slices)
+    return _measure(images, clean, angles, coefficients, sigma, noise_key)
+
+
+def coupled_channels(
+    image: Float[Array, "... channels"], weights: Float[Array, " channels"]
+) -> tuple[Float[Array, "clients ..."], Float[Array, " channels"]]:
+    """Make the images of coupled clients of the channels of one image.
+
+    Client j < N has channel j, and the last one ``sum_j weights_j channel_j``, as the luminance of
+    a photograph: real images that obey ``w_N = sum_{i<N} c_i w_i``.
+
+    Args:
+        image: Image with its channels last, e.g. (rows, columns, 3), float32 or float64.
+        weights: Weight of every channel, shape (channels,). Those of the luminance are (.2126,
+            .7152, .0722).
+
+    Returns:
+        The stack, shape (channels + 1, rows, columns), and the coefficients c = weights in the
+        image's dtype, shape (channels,).
+
+    Raises:
+        ValueError: If the image is not floating or has no axis, or there are not as many weights as
+            channels.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr import synthetic
+        >>> photograph = jnp.ones((4, 5, 3))
+        >>> weights = jnp.array([0.2126, 0.7152, 0.0722])
+        >>> stack, coefficients = synthetic.coupled_channels(photograph, weights)
+        >>> stack.shape, round(float(stack[-1, 0, 0]), 4)
+        ((4, 4, 5), 1.0)
+
+    Reference:
+        Recommendation ITU-R BT.709, section 3, for the weights of the luminance.
+    """
+    image = jnp.asarray(image)
+    _checks.check_floating("coupled_channels", image=image)
+    if image.ndim < 1:
+        raise _checks.fail("coupled_channels", "image of shape ()", "a last axis of channels")
+    coefficients = jnp.asarray(weights, image.dtype)
+    _checks.check_shape("coupled_channels", "weights", coefficients, image.shape[-1:])
+    channels = jnp.moveaxis(image, -1, 0)
+    combined = jnp.tensordot(coefficients, channels, axes=1, precision="highest")
+    return jnp.concatenate([channels, combined[None]]), coefficients

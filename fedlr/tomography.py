@@ -7,7 +7,7 @@ row per view. Functions take one image; `jax.vmap` makes slices, clients and see
 shared or each client's own. Missing views are the caller's: multiply the sinogram by a 0/1 mask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedlr import _checks, _fourier, _joseph, _operators
+from fedlr import _checks, _fourier, _joseph, _transpose
 
 __all__ = [
     "ParallelBeam",
@@ -25,7 +25,9 @@ __all__ = [
     "hann",
     "interpolating_backproject",
     "project",
+    "project_volume",
     "rectangular",
+    "stack_slices",
 ]
 
 
@@ -57,22 +59,22 @@ class ParallelBeam(eqx.Module):
                 raise _checks.fail("ParallelBeam", f"{name} {sizes}", "integers of at least 1")
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _joseph_project(geometry, images, angles):
     return _joseph.project(images, angles, geometry.num_bins, geometry.chunk)
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _joseph_backproject(geometry, sinograms, angles):
     return _joseph.backproject(sinograms, angles, geometry.shape, geometry.chunk)
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _fourier_project(geometry, images, angles):
     return _fourier.project(images, angles, geometry.num_bins)
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _fourier_backproject(geometry, sinograms, angles):
     groups, _, _, batch = sinograms.shape
     images = jax.ShapeDtypeStruct((groups, *geometry.shape, batch), sinograms.dtype)
@@ -83,12 +85,12 @@ def _fourier_backproject(geometry, sinograms, angles):
     return jax.linear_transpose(forward, images)(sinograms)[0]
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _interpolating_backproject(geometry, sinograms, angles):
     return _joseph.interpolate(sinograms, angles, geometry.shape, geometry.chunk)
 
 
-@_operators.batch_last
+@_transpose.batch_last
 def _interpolating_transpose(geometry, images, angles):
     groups, *_, batch = images.shape
     shape = (groups, angles.shape[1], geometry.num_bins, batch)
@@ -175,7 +177,7 @@ def project(
     """
     image, angles = jnp.asarray(image), jnp.asarray(angles)
     _check("project", "image", image, geometry.shape, angles)
-    return _operators.with_transpose(
+    return _transpose.with_transpose(
         lambda x: _one(_joseph_project, geometry, x, angles),
         lambda y: _one(_joseph_backproject, geometry, y, angles),
         lambda x: _joseph_definition(geometry, x, angles),
@@ -209,6 +211,67 @@ def backproject(
     return result
 
 
+def stack_slices(
+    slices: Sequence[Float[Array, "rows columns"]],
+) -> Float[Array, "slices rows columns"]:
+    """Stack the slices of a volume.
+
+    Args:
+        slices: At least one 2-D slice, all of one shape and dtype.
+
+    Returns:
+        Volume of shape (slices, rows, columns).
+
+    Raises:
+        ValueError: If there is no slice, the first is not 2-D, or another differs from it in shape
+            or dtype; the message names the first that does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr import tomography
+        >>> tomography.stack_slices([jnp.ones((3, 4)), jnp.zeros((3, 4))]).shape
+        (2, 3, 4)
+    """
+    arrays = [jnp.asarray(array) for array in slices]
+    if not arrays:
+        raise _checks.fail("stack_slices", "no slices", "at least 1")
+    shape, dtype = arrays[0].shape, arrays[0].dtype
+    _checks.check_ndim("stack_slices", "slice 0", arrays[0], 2)
+    for number, array in enumerate(arrays):
+        _checks.check_shape("stack_slices", f"slice {number}", array, shape)
+        if array.dtype != dtype:
+            raise _checks.fail("stack_slices", f"slice {number} of dtype {array.dtype}", f"{dtype}")
+    return jnp.stack(arrays)
+
+
+def project_volume(
+    geometry: ParallelBeam,
+    volume: Float[Array, "slices rows columns"] | Sequence[Float[Array, "rows columns"]],
+    angles: Float[Array, " angles"],
+) -> Float[Array, "slices angles num_bins"]:
+    """Project a volume slice by slice, the rotation axis being the first: `project` of every slice.
+
+    Positions are computed once for all slices. The transpose is `backproject` of every slice.
+
+    Args:
+        geometry: Sizes of one slice; *static*.
+        volume: Volume, shape (slices, *geometry.shape), float32 or float64; a list or tuple of
+            slices goes through `stack_slices`.
+        angles: Viewing angles in radians, shape (num_angles,), of the volume's dtype; traced.
+
+    Returns:
+        Sinograms of shape (slices, num_angles, num_bins) in pixel units.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit.
+    """
+    volume = stack_slices(volume) if isinstance(volume, (list, tuple)) else jnp.asarray(volume)
+    angles = jnp.asarray(angles)
+    _checks.check_ndim("project_volume", "volume", volume, 3)
+    _check("project_volume", "volume", volume, (volume.shape[0], *geometry.shape), angles)
+    return jax.vmap(lambda image: project(geometry, image, angles))(volume)
+
+
 def fourier_project(
     geometry: ParallelBeam, image: Float[Array, "rows columns"], angles: Float[Array, " angles"]
 ) -> Float[Array, "angles num_bins"]:
@@ -237,7 +300,7 @@ def fourier_project(
     """
     image, angles = jnp.asarray(image), jnp.asarray(angles)
     _check("fourier_project", "image", image, geometry.shape, angles)
-    return _operators.with_transpose(
+    return _transpose.with_transpose(
         lambda x: _one(_fourier_project, geometry, x, angles),
         lambda y: _one(_fourier_backproject, geometry, y, angles),
         lambda x: _one(lambda g, s, a: _fourier.project(s, a, g.num_bins), geometry, x, angles),
@@ -271,7 +334,7 @@ def interpolating_backproject(
     sinogram, angles = jnp.asarray(sinogram), jnp.asarray(angles)
     shape = (angles.size, geometry.num_bins)
     _check("interpolating_backproject", "sinogram", sinogram, shape, angles)
-    return _operators.with_transpose(
+    return _transpose.with_transpose(
         lambda x: _one(_interpolating_backproject, geometry, x, angles),
         lambda y: _one(_interpolating_transpose, geometry, y, angles),
         lambda x: _interpolating_definition(geometry, x, angles),

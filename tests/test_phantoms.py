@@ -172,6 +172,20 @@ def test_coupled_images_are_scaled_to_largest_value_one():
     assert images.min() >= 0
 
 
+def test_a_coupled_set_is_made_of_images_of_any_kind():
+    keys = jax.random.split(jax.random.key(0), 2)
+    draw = jax.vmap(lambda key: phantoms.random_ellipses(3, key=key, dtype=jnp.float64))
+    images = draw(keys)
+    coefficients = jnp.array([0.25, 0.5])
+    coupled = phantoms.couple(images, coefficients, lambda e: e.amplitude.sum(), common=0.0)
+    assert {field.shape for field in coupled} == {(3, 8)}
+    np.testing.assert_allclose(coupled.amplitude[:2].sum(1), 1, rtol=1e-14)
+    np.testing.assert_array_equal(coupled.amplitude[:2, 4:], 0)
+    expected = np.outer([0.25, 0.5], np.ones(4)).ravel() * np.ravel(coupled.amplitude[:2, :4])
+    np.testing.assert_allclose(coupled.amplitude[2], expected, rtol=1e-14)
+    np.testing.assert_array_equal(coupled.center_x[2], np.ravel(coupled.center_x[:2, :4]))
+
+
 def test_random_phantoms_are_their_keys():
     a, b, c = (phantoms.random_ellipses(3, key=jax.random.key(k)) for k in (0, 0, 1))
     np.testing.assert_array_equal(a.center_x, b.center_x)
@@ -209,6 +223,24 @@ HEAD = phantoms.modified_shepp_logan(dtype=jnp.float64)
         (
             lambda: phantoms.combine(phantoms.reference_set(), jnp.ones(3)),
             r"combine: got coefficients of shape \(3,\), expected shape \(4,\)",
+        ),
+        (
+            lambda: phantoms.append_combination(phantoms.reference_set(), jnp.ones(3)),
+            r"combine: got coefficients of shape \(3,\), expected shape \(4,\)",
+        ),
+        (
+            lambda: phantoms.append_combination(
+                phantoms.Ellipses(*[jnp.ones((2, 0))] * 6), jnp.ones(2)
+            ),
+            r"append_combination: got amplitude of shape \(2, 0\), expected at least one ellipse",
+        ),
+        (
+            lambda: phantoms.couple(phantoms.reference_set(), jnp.ones(3), jnp.max),
+            r"couple: got coefficients of shape \(3,\), expected shape \(4,\)",
+        ),
+        (
+            lambda: phantoms.couple(phantoms.reference_set(), jnp.ones(4), jnp.max, common=-0.5),
+            "couple: got common -0.5, expected a fraction from 0 to 1",
         ),
         (
             lambda: phantoms.coupled_phantoms(jnp.ones(2), common=1.5, key=jax.random.key(0)),

@@ -465,6 +465,38 @@ def test_backproject_has_an_angle_derivative(rng):
     np.testing.assert_allclose(tangent(ANGLES), (ahead - behind) / (2 * step), atol=1e-7)
 
 
+def test_volume_is_projected_slice_by_slice(rng):
+    volume, cotangent = rng.standard_normal((3, 9, 9)), rng.standard_normal((3, 4, 13))
+
+    def operator(volume):
+        return tomography.project_volume(GEOMETRY, volume, ANGLES)
+
+    def both(volume, cotangent):
+        return operator(volume), jax.vjp(operator, volume)[1](cotangent)[0]
+
+    sinograms, back = jax.jit(both)(volume, cotangent)
+    forward, adjoint = (compiled(f, GEOMETRY) for f in (tomography.project, tomography.backproject))
+    np.testing.assert_allclose(sinograms, [forward(x, ANGLES) for x in volume], atol=1e-12)
+    np.testing.assert_allclose(back, [adjoint(y, ANGLES) for y in cotangent], atol=1e-12)
+    of_slices = jax.jit(operator)(list(volume))
+    np.testing.assert_allclose(of_slices, sinograms, atol=1e-12)
+
+
+def test_volumes_of_clients_equal_the_loop(rng):
+    volumes, angles = rng.standard_normal((2, 3, 9, 9)), rng.uniform(0, 3, (2, 4))
+    project = jax.jit(jax.vmap(functools.partial(tomography.project_volume, GEOMETRY)))
+    forward = compiled(tomography.project, GEOMETRY)
+    expected = [[forward(x, a) for x in v] for v, a in zip(volumes, angles, strict=True)]
+    np.testing.assert_allclose(project(volumes, angles), expected, atol=1e-12)
+
+
+def test_stacked_slices_are_the_slices(rng):
+    slices = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    volume = tomography.stack_slices(tuple(slices))
+    assert volume.dtype == np.float32
+    np.testing.assert_array_equal(volume, slices)
+
+
 def test_nan_stays_visible(rng):
     image, angles = rng.standard_normal((9, 9)), ANGLES.copy()
     angles[2] = np.nan
@@ -531,6 +563,31 @@ def test_pixel_driven_reference_is_its_matrix(rng):
         (
             lambda: tomography.interpolating_backproject(GEOMETRY, np.ones((5, 13)), ANGLES),
             "interpolating_backproject: got sinogram of shape",
+        ),
+        (lambda: tomography.stack_slices([]), "stack_slices: got no slices, expected at least 1"),
+        (
+            lambda: tomography.stack_slices([np.ones((4, 4)), np.ones((4, 4)), np.ones((4, 5))]),
+            r"stack_slices: got slice 2 of shape \(4, 5\), expected shape \(4, 4\)",
+        ),
+        (
+            lambda: tomography.stack_slices([np.ones((4, 4)), np.ones((4, 4), np.float32)]),
+            "stack_slices: got slice 1 of dtype float32, expected float64",
+        ),
+        (
+            lambda: tomography.stack_slices([np.ones(4)]),
+            r"stack_slices: got slice 0 of shape \(4,\), expected 2 axes",
+        ),
+        (
+            lambda: tomography.project_volume(GEOMETRY, [np.eye(9), np.eye(8)], ANGLES),
+            r"stack_slices: got slice 1 of shape \(8, 8\), expected shape \(9, 9\)",
+        ),
+        (
+            lambda: tomography.project_volume(GEOMETRY, np.ones((9, 9)), ANGLES),
+            r"project_volume: got volume of shape \(9, 9\), expected 3 axes",
+        ),
+        (
+            lambda: tomography.project_volume(GEOMETRY, np.ones((2, 9, 8)), ANGLES),
+            r"project_volume: got volume of shape \(2, 9, 8\), expected shape \(2, 9, 9\)",
         ),
     ],
 )
