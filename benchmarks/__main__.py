@@ -5,6 +5,11 @@ numbers and strings for every row of its table, and a constant `CORES`: 1 to be 
 core with every thread pool at one thread, so that CPU times of different packages are comparable,
 or None to use the whole machine. `--json` writes one JSON object a line, each with the benchmark,
 the size, the machine and the versions beside the row.
+
+A benchmark of several tables has a mapping `TABLES` of their names and a second parameter of `run`:
+`--only NAME[,NAME]` passes the names, and an existing `--json` FILE keeps the rows of all other
+tables. One with a function `draw(rows, folder)` draws pictures of the rows of the file into
+`--figures FOLDER`, by default FILE without its ending and with "_figures" at its end.
 """
 
 import argparse
@@ -115,6 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", choices=sorted(names))
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON lines")
+    parser.add_argument(
+        "--only", metavar="NAME[,NAME]", type=_names, help="run these tables of the benchmark"
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="FOLDER", help="where to draw, default beside the JSON"
+    )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     options = parser.parse_args(arguments)
     if options.list:
@@ -125,24 +136,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if names[options.name] == 1:
         pin_to_one_core()
 
+    module = importlib.import_module(f"benchmarks.{options.name}")
+    _check_options(parser, module, options)
+
     about = {"machine": machine(), "versions": versions()}
     print(f"{options.name}, size {options.size}")
     for kind, facts in about.items():
         print(f"{kind}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     start = time.perf_counter()
-    rows = importlib.import_module(f"benchmarks.{options.name}").run(options.size)
+    chosen = (options.only,) if options.only else ()
+    rows = module.run(options.size, *chosen)
     if not rows:
         message = f"benchmark {options.name}: got no rows, expected at least one"
         raise ValueError(message)
     seconds = time.perf_counter() - start
     print(f"\n{table(rows)}\n\n{len(rows)} rows in {seconds:.1f} s")
+    folder = options.figures
     if options.json is not None:
         head = {"benchmark": options.name, "size": options.size, **about}
         lines = [json.dumps({**head, **row}, allow_nan=False, default=_plain) for row in rows]
+        if options.only:
+            lines = [*other_tables(options.json, rows), *lines]
+            rows = [json.loads(line) for line in lines]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written to {options.json}")
+        folder = folder or options.json.with_name(f"{options.json.stem}_figures")
+    if folder is not None and hasattr(module, "draw"):
+        files = module.draw(rows, folder)
+        print(f"drawn: {', '.join(map(str, files)) or 'nothing'}")
     return 0
+
+
+def other_tables(path: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of a JSON file whose table is none of the rows', none if it is missing."""
+    if not path.exists():
+        return []
+    made = {row.get("table") for row in rows}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if json.loads(line).get("table") not in made]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _check_options(
+    parser: argparse.ArgumentParser, module: Any, options: argparse.Namespace
+) -> None:
+    """Refuse options that the benchmark has no use for."""
+    tables = getattr(module, "TABLES", {})
+    if options.only is not None and not tables:
+        parser.error(f"--only: benchmark {options.name} has no tables to choose from")
+    unknown = [name for name in options.only or () if name not in tables]
+    if unknown:
+        got, known = ", ".join(map(repr, unknown)), ", ".join(tables)
+        parser.error(f"--only: got {got}, expected some of: {known}")
+    if options.figures is not None and not hasattr(module, "draw"):
+        parser.error(f"--figures: benchmark {options.name} draws none")
 
 
 def _plain(value: Any) -> Any:
@@ -168,6 +219,8 @@ def _block(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} values"
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return f"{value:.4g}"

@@ -1,389 +1,166 @@
-"""Federated reconstruction: quality of every method, and what low rank costs beside projections.
+"""Federated reconstruction: every method, and what low rank costs beside projections.
 
-Three tables. `quality` at n = 100 is the setting of the reference figures (pixel-driven splatting,
-40 views, data from the same operator), so its best PSNR stands beside them; at n = 250 the data
-come from closed-form sinograms (100 views) and the projector is the library's. `speed` compares,
-at n = 250 and rank 40, the low-rank part of a round (client truncation, joint factors, coupling)
-with the projections of the same round. `claims` draws the conclusions.
+`quality` at n = 100 is the setting of the reference figures (pixel-driven splatting, 40 views,
+data from the same operator), so its best PSNR stands beside them. The data of all other tables
+come from closed-form sinograms, of `operators` from real images. Each table is a function of the
+size and can be run by itself with `--only`.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from benchmarks import splatting, timing
-from fedlr import federated, phantoms, synthetic, tomography
-from fedlr.algorithms import comp_jf, fedavg, firm, local_only
-from fedlr.federated import coupling, execution, local, protocol, stopping
+from benchmarks import costs, problems, reference, runs
+from benchmarks.metrics import psnr as psnr
+from benchmarks.metrics import ssim as ssim
+from benchmarks.problems import Problem
+from benchmarks.reconstruction_figures import draw as draw
+from fedlr.federated import ranks
 
 CORES = None
+SIGMAS = reference.SIGMAS
+Rows = list[dict[str, Any]]
 
-# Best PSNR at n = 100 of the reference, float32 NumPy, by method and noise level.
-REFERENCE = {
-    ("single client", 0.05): 21.09,
-    ("single client", 0.1): 19.08,
-    ("FIRM", 0.05): 21.46,
-    ("FIRM", 0.1): 19.45,
-    ("FIRM+", 0.05): 21.46,
-    ("FIRM+", 0.1): 19.45,
-    ("FedAvg", 0.05): 17.03,
-    ("FedAvg", 0.1): 16.54,
-    ("CompJF 10", 0.05): 20.42,
-    ("CompJF 10", 0.1): 19.85,
-    ("CompJF 20", 0.05): 21.98,
-    ("CompJF 20", 0.1): 20.18,
-    ("CompJF 30", 0.05): 21.93,
-    ("CompJF 30", 0.1): 20.02,
-    ("CompJF 41", 0.05): 21.84,
-    ("CompJF 41", 0.1): 19.89,
-    ("CompRandJF 10", 0.05): 19.62,
-    ("CompRandJF 10", 0.1): 19.05,
-    ("CompRandJF 20", 0.05): 21.52,
-    ("CompRandJF 20", 0.1): 20.08,
-    ("CompRandJF 30", 0.05): 21.91,
-    ("CompRandJF 30", 0.1): 20.29,
-    ("CompRandJF 41", 0.05): 21.97,
-    ("CompRandJF 41", 0.1): 20.18,
-    ("CompJF 35,10,14,16", 0.05): 21.97,
-    ("CompJF 35,10,14,16", 0.1): 20.20,
-    ("CompRandJF 35,10,14,16", 0.05): 21.96,
-    ("CompRandJF 35,10,14,16", 0.1): 20.24,
-}
-HETEROGENEOUS = (35, 10, 14, 16)
-SIGMAS = (0.05, 0.1)
+# The methods whose PSNR over the rounds is kept for a figure.
+CURVES = ("single client", "FIRM", "FedAvg", "CompJF 20", "CompRandJF 20", "FullDecomp 20")
 
 
-class Problem(NamedTuple):
-    """Scans of coupled images, with a leading axis of noise draws on clients and noise levels."""
-
-    forward: Callable[[Array, Any], Array]
-    clients: protocol.ClientData
-    truth: Array
-    noise_levels: Array
-    coefficients: Array
+def _named(family: str, *arguments: int) -> tuple[str, ...]:
+    return tuple(f"{family} {argument}" for argument in arguments)
 
 
-class Method(NamedTuple):
-    """A federated algorithm, the start its `init` wants, and how to see its images."""
-
-    algorithm: protocol.FederatedAlgorithm
-    start: Array
-    images: Callable[[protocol.FederatedState], Array]
-
-
-def splatting_problem(size: int, num_angles: int, sigmas: tuple[float, ...]) -> Problem:
-    """Build the setting of the reference figures: one operator for data and reconstruction."""
-    ellipses = phantoms.reference_set(dtype=jnp.float32)
-    truth = jax.vmap(lambda e: phantoms.rasterize(e, size, subsamples=1))(ellipses)
-    angles = synthetic.uniform_angles(num_angles)
-    clean = np.asarray(jax.vmap(lambda image: splatting.project(image, angles))(truth))
-    peaks = clean.max(axis=(1, 2))
-    scans, levels = [], []
-    for sigma in sigmas:
-        rng = np.random.default_rng(1)
-        noise = np.stack([rng.standard_normal(clean.shape[1:]) for _ in clean])
-        levels.append(sigma * peaks)
-        scans.append((clean + levels[-1][:, None, None] * noise).astype(np.float32))
-    return _problem(splatting.project, scans, levels, angles, truth, (0.5, 0.3, 0.2))
-
-
-def closed_form_problem(size: int, num_angles: int, sigmas: tuple[float, ...]) -> Problem:
-    """Build scans from closed-form sinograms, to be reconstructed with the library's projector."""
-    geometry = tomography.ParallelBeam(
-        shape=(size, size), num_bins=math.ceil(math.sqrt(2.0) * size)
-    )
-    angles = synthetic.uniform_angles(num_angles)
-    sets = [
-        synthetic.multimodal_scans(geometry, angles, sigma=sigma, key=jax.random.key(1))
-        for sigma in sigmas
-    ]
-    return _problem(
-        partial(tomography.project, geometry),
-        [scan.sinograms for scan in sets],
-        [scan.noise_levels for scan in sets],
-        angles,
-        sets[0].images,
-        sets[0].coefficients,
-    )
-
-
-def _problem(forward, scans, levels, angles, truth, coefficients) -> Problem:
-    """Stack the noise draws."""
-    targets = jnp.stack([jnp.asarray(scan) for scan in scans])
-    draws, count, views = targets.shape[:3]
-    clients = protocol.ClientData(
-        inputs=jnp.broadcast_to(angles, (draws, count, views)),
-        targets=targets,
-        mask=jnp.ones((draws, count, views), bool),
-    )
-    return Problem(forward, clients, truth, jnp.stack(levels), jnp.asarray(coefficients))
+DENSE = ("FIRM", "single client", "FIRM+", "FedPGD", "FedAvg")
+QUALITY = (
+    *DENSE,
+    *_named("factor averaging", 20, 41),
+    "low rank without coupling 20",
+    *_named("CompJF", 10, 20, 30, 41),
+    *_named("CompRandJF", 10, 20, 30, 41),
+    *_named("FullDecomp", 10, 20, 41),
+    "CompJF 35,10,14,16",
+    "CompRandJF 35,10,14,16",
+    *_named("Top-k", 2200, 4940),
+    "CSR 4890",
+    *_named("Top-k increments", 2200, 4940),
+    *_named("Top-k increments with feedback", 2200, 4940),
+    "quantized 8",
+    "growing ranks, known noise 41",
+    "growing ranks, estimated noise 41",
+    "low-rank descent 20",
+    "FIRM + TV",
+    "CompJF 30 + TV",
+    "CompJF 20 + TV",
+    "CompRandJF 30 + TV",
+)
+TOY_QUALITY = (
+    "FIRM",
+    "single client",
+    "FedAvg",
+    "low rank without coupling 3",
+    "CompJF 4,3,2,2",
+    "FullDecomp 3",
+    "Top-k increments with feedback 60",
+    "low-rank descent 3",
+)
+LARGE = (
+    "FIRM",
+    "single client",
+    "FIRM+",
+    "FedAvg",
+    *_named("CompJF", 20, 40, 60, 80, 100),
+    *_named("CompRandJF", 20, 40, 60, 80, 100),
+    "FullDecomp 40",
+    "growing ranks, known noise 103",
+    "growing ranks, estimated noise 103",
+    "FIRM + TV",
+)
 
 
-def methods(
-    problem: Problem, start: Array, step_size: Array, ranks: dict[str, tuple[int, ...]]
-) -> dict[str, Method]:
-    """Build the methods by name.
-
-    Args:
-        problem: Gives the forward model and the coupling.
-        start: Stacked start images (clients, n, n).
-        step_size: Gradient step of every method.
-        ranks: Label of a rank setting and the rank of every client in it.
-    """
-    forward, coefficients = problem.forward, problem.coefficients
-    gradient = local.projected_gradient(forward, step_size=step_size)
-
-    def repeated(state):
-        return jnp.broadcast_to(state.params, start.shape)
-
-    def own(state):
-        return state.params
-
-    dense = partial(firm.build, forward, coefficients, step_size=step_size)
-    built = {
-        "FedAvg": Method(fedavg.build(gradient), start[0], repeated),
-        "single client": Method(local_only.build(gradient), start[0], own),
-        "FIRM": Method(dense(), start, own),
-        "FIRM+": Method(dense(server=coupling.augmented_lagrangian), start, own),
-    }
-    for name, basis in {"CompJF": comp_jf.exact(), "CompRandJF": comp_jf.sketched()}.items():
-        for label, each in ranks.items():
-            algorithm = comp_jf.build(
-                forward,
-                coefficients,
-                ranks=(max(each), max(each)),
-                client_ranks=jnp.asarray([(rank, rank) for rank in each]),
-                joint_basis=basis,
-                step_size=step_size,
-            )
-            built[f"{name} {label}"] = Method(algorithm, start, comp_jf.images)
-    return built
+def _is_small(size: str) -> bool:
+    return size == "small"
 
 
-def trajectory(method: Method, problem: Problem, num_rounds: int) -> tuple[Array, Any]:
-    """Run a method on every noise draw; the images that entered each round, and its infos."""
-    algorithm = federated.with_evaluation(method.algorithm, method.images)
-
-    @jax.jit
-    def run(start, draws):
-        def one(clients):
-            state = algorithm.init(start, clients, key=jax.random.key(2))
-            _, infos = federated.run(
-                algorithm, state, clients, num_rounds=num_rounds, key=jax.random.key(3)
-            )
-            return infos.evaluation, infos._replace(evaluation=())
-
-        return jax.lax.map(one, draws)
-
-    return run(method.start, problem.clients)
-
-
-def psnr(images: Array, truth: Array) -> Array:
-    """Return the mean PSNR over clients in dB, each with the largest truth value as its range."""
-    peak = jnp.max(truth, axis=(-2, -1))
-    error = jnp.mean((images - truth) ** 2, axis=(-2, -1))
-    return jnp.mean(10.0 * jnp.log10(peak**2 / error), axis=-1)
-
-
-def ssim(images: np.ndarray, truth: np.ndarray) -> float:
-    """Return the mean SSIM over clients: 7 x 7 uniform window, range of each client's truth."""
-    from skimage.metrics import structural_similarity  # a peer, not needed by the library
-
-    return float(
-        np.mean(
-            [
-                structural_similarity(t, x, data_range=float(t.max() - t.min()))
-                for x, t in zip(images, truth, strict=True)
-            ]
-        )
-    )
+def quality(size: str) -> Rows:
+    """Tabulate all methods in the setting of the reference figures, with margins over FIRM."""
+    if _is_small(size):
+        side, views, names, rounds = 16, 6, TOY_QUALITY, ((1, 6),)
+    else:
+        # Three noise seeds; the best round of all but the slowest methods is below 120.
+        side, views, names, rounds = 100, 40, QUALITY, ((1, 250), (2, 120), (3, 120))
+    lengths = sorted({length for _, length in rounds}, reverse=True)
+    table, curves = [], []
+    for length in lengths:
+        seeds = [seed for seed, own in rounds if own == length]
+        problem = problems.splatting_problem(side, views, SIGMAS, seeds)
+        records = {name: runs.run(name, problem, length) for name in names}
+        table += runs.rows("quality", problem, records)
+        if 1 in seeds:
+            curves = _curves(problem, records)
+    for row in table:
+        known = reference.best_psnr(row["method"], row["sigma"], row["seed"])
+        known = None if _is_small(size) else known
+        row["reference_psnr"] = "" if known is None else known
+        row["difference_db"] = "" if known is None else row["best_psnr"] - known
+    first = [row for row in table if row["seed"] == 1]
+    return [*table, *margins(table), *claims("claims", first), *curves]
 
 
-def quality(problem: Problem, sigmas, ranks, num_rounds: int, every: int = 5) -> list[dict]:
-    """Tabulate PSNR, SSIM, stops and bytes of every method at every noise level."""
-    size = problem.truth.shape[-1]
-    start = jnp.zeros_like(problem.truth)
-    first = jax.tree.map(lambda leaf: leaf[0], problem.clients)
-    lipschitz = jax.jit(lambda c: local.operator_norm(problem.forward, c, start[0], key=_KEY))
-    step_size = 1.0 / lipschitz(first)
-    truth = np.asarray(problem.truth)
-    rows = []
-    for name, method in methods(problem, start, step_size, ranks).items():
-        images, infos = trajectory(method, problem, num_rounds)
-        curves = np.asarray(jax.vmap(jax.vmap(lambda x: psnr(x, problem.truth)))(images))
-        for draw, sigma in enumerate(sigmas):
-            curve = curves[draw]
-            best = int(curve.argmax())
-            record = jax.tree.map(lambda leaf: leaf[draw], infos)  # noqa: B023
-            data = jax.tree.map(lambda leaf: leaf[draw], problem.clients)  # noqa: B023
-            stops = stopping_rounds(record, data, problem.noise_levels[draw], sigma)
-            checked = range(every, num_rounds, every)
-            similarity = [ssim(np.asarray(images[draw, t]), truth) for t in checked]
-            up = int(np.asarray(infos.uplink_bytes[draw, 0]).sum())
-            down = int(np.asarray(infos.downlink_bytes[draw, 0]).sum())
-            rows.append(
-                {
-                    "table": "quality",
-                    "n": size,
-                    "sigma": sigma,
-                    "method": name,
-                    "best_psnr": float(curve[best]),
-                    "best_round": best,
-                    "final_psnr": float(curve[-1]),
-                    "best_ssim": max(similarity),
-                    "final_ssim": similarity[-1],
-                    "uplink_bytes": up,
-                    "downlink_bytes": down,
-                    **{f"psnr_at_{rule}": float(curve[stop]) for rule, stop in stops.items()},
-                    **{f"round_of_{rule}": stop for rule, stop in stops.items()},
-                    "reference_psnr": REFERENCE.get((name, sigma), "") if size == 100 else "",
-                }
-            )
-    return rows
-
-
-def stopping_rounds(infos, clients, noise_levels, sigma: float) -> dict[str, int]:
-    """Find the round where each rule stops, or the last one where it never does."""
-    levels = noise_levels.astype(clients.targets.dtype)
-    counts = stopping.num_measurements(clients)
-    rules = {
-        "pooled": stopping.discrepancy(levels, counts),
-        "each": stopping.every_client(stopping.noise_thresholds(levels, counts)),
-        "paper": stopping.every_client(stopping.noisy_maximum_thresholds(clients, sigma)),
-    }
-    fired = {name: np.asarray(jax.vmap(rule)(infos)) for name, rule in rules.items()}
-    return {name: int(f.argmax()) if f.any() else len(f) - 1 for name, f in fired.items()}
-
-
-def speed(size: int, num_angles: int, rank: int, repeats: int) -> list[dict]:
-    """Compare the low-rank part of a CompJF round with its projections, by wall and CPU time."""
-    problem = closed_form_problem(size, num_angles, (0.05,))
-    clients = jax.tree.map(lambda leaf: leaf[0], problem.clients)
-    start = jnp.zeros_like(problem.truth)
-    step_size = 1e-4
-    step = local.projected_gradient(problem.forward, step_size=step_size)
-    everyone = jnp.arange(start.shape[0])
-    key = jax.random.key(0)
-
-    @jax.jit
-    def project(images, clients):
-        return execution.map_clients(
-            lambda image, data: step(image, (), data, key=key)[0], images, clients
-        )
-
-    accurate = comp_jf.sketched(oversampling=10, power_iters=1)
-    kinds = {
-        "exact": (comp_jf.exact(), comp_jf.exact()),
-        "sketched joint basis": (comp_jf.sketched(), comp_jf.exact()),
-        "sketched everywhere": (accurate, accurate),
-        "warm started": (comp_jf.warm_started(), comp_jf.warm_started()),
-    }
-    calls = {"projections": partial(project, problem.truth, clients)}
-    for name, (joint, client) in kinds.items():
-        algorithm = comp_jf.build(
-            problem.forward,
-            problem.coefficients,
-            ranks=(rank, rank),
-            joint_basis=joint,
-            client_basis=client,
-            step_size=step_size,
-        )
-        state = jax.jit(algorithm.init)(problem.truth, clients, key=key)
-        state, _ = federated.run(algorithm, state, clients, num_rounds=2, key=key)
-        advance = jax.jit(
-            lambda state, data, a=algorithm: a.round(state, data, everyone, key=key)[0]
-        )
-        calls[name] = partial(advance, state, clients)
-    times = timing.measure(calls, repeats=repeats)
-    base = times["projections"]
+def _curves(problem: Problem, records: dict[str, runs.Record]) -> Rows:
+    """Keep the PSNR over the rounds of some methods, with the corrected stop."""
     return [
         {
-            "table": "speed",
-            "n": size,
-            "rank": rank,
-            "bases": name,
-            "projections_ms": 1e3 * base.wall_min,
-            "round_ms": 1e3 * t.wall_min,
-            "low_rank_share": t.wall_min / base.wall_min - 1.0,
-            "low_rank_share_cpu": t.cpu_min / base.cpu_min - 1.0,
+            "table": "curves",
+            **label,
+            "method": name,
+            "round_of_corrected": int(record.stops["corrected"][index]),
+            "psnr": [round(float(value), 3) for value in record.psnr[index]],
         }
-        for name, t in times.items()
-        if name != "projections"
+        for index, label in enumerate(problem.labels)
+        for name, record in records.items()
+        if name in CURVES
     ]
 
 
-def accurate_bases(problem: Problem, sigmas, rank: int, num_rounds: int) -> list[dict]:
-    """Compare the best PSNR of cheap basis finders with that of the exact ones."""
-    start = jnp.zeros_like(problem.truth)
-    accurate = comp_jf.sketched(oversampling=10, power_iters=1)
-    kinds = {"exact": comp_jf.exact(), "sketched": accurate, "warm": comp_jf.warm_started()}
-    best = {}
-    for name, basis in kinds.items():
-        algorithm = comp_jf.build(
-            problem.forward,
-            problem.coefficients,
-            ranks=(rank, rank),
-            joint_basis=basis,
-            client_basis=basis,
-        )
-        images, _ = trajectory(Method(algorithm, start, comp_jf.images), problem, num_rounds)
-        curves = jax.vmap(jax.vmap(lambda x: psnr(x, problem.truth)))(images)
-        best[name] = np.asarray(curves).max(axis=1)
-    return [
-        {
-            "table": "bases",
-            "n": problem.truth.shape[-1],
-            "rank": rank,
-            "sigma": sigma,
-            "bases": name,
-            "best_psnr": float(best[name][draw]),
-            "difference_db": float(best[name][draw] - best["exact"][draw]),
-        }
-        for name in kinds
-        for draw, sigma in enumerate(sigmas)
-    ]
-
-
-def num_traces(problem: Problem, rank: int) -> int:
-    """Count how often three rounds of CompJF trace the forward model beyond the first round."""
-    counts = []
-    clients = jax.tree.map(lambda leaf: leaf[0], problem.clients)
-
-    def counted(image, inputs):
-        counts.append(None)
-        return problem.forward(image, inputs)
-
-    algorithm = comp_jf.build(counted, problem.coefficients, ranks=(rank, rank), step_size=1e-4)
-    state = algorithm.init(jnp.zeros_like(problem.truth), clients, key=_KEY)
-    advance = jax.jit(lambda s: algorithm.round(s, clients, jnp.arange(4), key=_KEY)[0])
-    state = advance(state)
-    before = len(counts)
-    advance(advance(state))
-    return 1 + len(counts) - before
-
-
-def claims(rows: list[dict]) -> list[dict]:
-    """Draw the conclusions from the quality tables."""
+def margins(table: Rows) -> Rows:
+    """Average over the noise seeds how far the best PSNR of a method is above that of FIRM."""
+    best = {(row["method"], row["sigma"], row["seed"]): row["best_psnr"] for row in table}
     found = []
-    keys = sorted({(row["n"], row["sigma"]) for row in rows})
-    for size, sigma in keys:
-        best = {
-            row["method"]: row["best_psnr"]
-            for row in rows
-            if (row["n"], row["sigma"]) == (size, sigma)
+    for method, sigma in dict.fromkeys((row["method"], row["sigma"]) for row in table):
+        seeds = sorted({row["seed"] for row in table})
+        over = [best[method, sigma, seed] - best["FIRM", sigma, seed] for seed in seeds]
+        known = reference.margin(method, sigma)
+        found.append(
+            {
+                "table": "margins",
+                "method": method,
+                "sigma": sigma,
+                "num_seeds": len(seeds),
+                "mean_margin_db": float(np.mean(over)),
+                "spread_db": float(np.ptp(over)),
+                "reference_margin_db": "" if known is None else known,
+            }
+        )
+    return found
+
+
+def claims(table: str, rows: Rows) -> Rows:
+    """Draw the conclusions from the rows of one draw at every noise level."""
+    found = []
+    for sigma in sorted({row["sigma"] for row in rows}):
+        best = {row["method"]: row["best_psnr"] for row in rows if row["sigma"] == sigma}
+        low_rank = {
+            name: value
+            for name, value in best.items()
+            if name.startswith("Comp") and not name.endswith("TV")
         }
-        low_rank = {name: value for name, value in best.items() if name.startswith("Comp")}
         winner = max(low_rank, key=lambda name: low_rank[name])
         found.append(
             {
-                "table": "claims",
-                "n": size,
+                "table": table,
+                "n": rows[0]["n"],
                 "sigma": sigma,
                 "best_low_rank": winner,
                 "low_rank_minus_firm_db": low_rank[winner] - best["FIRM"],
@@ -394,27 +171,274 @@ def claims(rows: list[dict]) -> list[dict]:
     return found
 
 
-_KEY = jax.random.key(0)
-
-
-def run(size: str) -> list[dict]:
-    """Run the tables; "small" is a toy that checks the code, "full" the real settings."""
-    if size == "small":
-        problem = splatting_problem(24, 8, SIGMAS)
-        ranks = {"4": (4, 4, 4, 4), "5,3,4,2": (5, 3, 4, 2)}
-        rows = quality(problem, SIGMAS, ranks, num_rounds=10)
-        bases = accurate_bases(closed_form_problem(24, 8, SIGMAS), SIGMAS, 4, num_rounds=6)
-        times = speed(24, 8, 4, repeats=2)
-        traces = num_traces(problem, 4)
+def quality_large(size: str) -> Rows:
+    """Tabulate the methods at n = 250 with data in closed form."""
+    if _is_small(size):
+        problem, names, rounds = _toy(), ("FIRM", "single client", "FedAvg", "CompJF 3"), 6
     else:
-        reference = splatting_problem(100, 40, SIGMAS)
-        uniform = {str(rank): (rank,) * 4 for rank in (10, 20, 30, 41)}
-        mixed = {",".join(map(str, HETEROGENEOUS)): HETEROGENEOUS}
-        rows = quality(reference, SIGMAS, uniform | mixed, num_rounds=250)
-        large = closed_form_problem(250, 100, SIGMAS)
-        uniform = {str(rank): (rank,) * 4 for rank in (20, 40, 60, 80, 100)}
-        rows += quality(large, SIGMAS, uniform, num_rounds=150)
-        bases = accurate_bases(large, SIGMAS, 40, num_rounds=100)
-        times = speed(250, 100, 40, repeats=15)
-        traces = num_traces(reference, 20)
-    return [*rows, *claims(rows), *bases, *times, {"table": "traces", "three_rounds": traces}]
+        problem, names, rounds = problems.closed_form_problem(250, 100, SIGMAS), LARGE, 150
+    rows = runs.tabulate("quality_large", problem, names, rounds)
+    return [*rows, *claims("claims_large", rows)]
+
+
+def bases(size: str) -> Rows:
+    """Compare the best PSNR of cheap basis finders, everywhere, with that of the exact ones."""
+    rank, rounds = (3, 6) if _is_small(size) else (40, 100)
+    problem = _toy() if _is_small(size) else problems.closed_form_problem(250, 100, SIGMAS)
+    names = _named("CompJF", rank)
+    names += _named("CompJF warm everywhere", rank)
+    if not _is_small(size):
+        names += _named("CompJF sketched everywhere", rank)
+    return _beside_exact(runs.tabulate("bases", problem, names, rounds))
+
+
+def sketch(size: str) -> Rows:
+    """Compare the best PSNR of cheap joint bases with that of CompJF, over the ranks."""
+    if _is_small(size):
+        families, cases = ("CompJF warm everywhere",), [(_toy(), (3,), 6)]
+    else:
+        families = ("CompRandJF", "CompRandJF p=0 q=1", "CompRandJF p=10 q=0")
+        families += ("CompRandJF p=10 q=1", "CompJF warm")
+        cases = [
+            (problems.splatting_problem(100, 40, SIGMAS, (1,)), (10, 20, 30, 41), 120),
+            (problems.closed_form_problem(250, 100, SIGMAS), (20, 40), 100),
+        ]
+    rows = []
+    for problem, sizes, rounds in cases:
+        for rank in sizes:
+            names = [f"{family} {rank}" for family in ("CompJF", *families)]
+            table = _beside_exact(runs.tabulate("sketch", problem, names, rounds))
+            rows += [{**row, "rank": rank} for row in table]
+    return rows
+
+
+def _beside_exact(rows: Rows) -> Rows:
+    """Add how far the best PSNR is above that of the first method on the same draw."""
+    first = rows[0]["method"]
+    exact = {row["sigma"]: row["best_psnr"] for row in rows if row["method"] == first}
+    return [{**row, "difference_db": row["best_psnr"] - exact[row["sigma"]]} for row in rows]
+
+
+def speed(size: str) -> Rows:
+    """Compare the low-rank part of a CompJF round with its projections, by wall and CPU time."""
+    rank, repeats = (3, 2) if _is_small(size) else (40, 15)
+    problem = _toy() if _is_small(size) else problems.closed_form_problem(250, 100, (0.05,))
+    families = {
+        "CompJF": "exact",
+        "CompRandJF": "sketched joint basis",
+        "CompJF sketched everywhere": "sketched everywhere",
+        "CompJF warm everywhere": "warm started",
+    }
+    if _is_small(size):
+        families = {"CompJF warm everywhere": "warm started"}
+    rows = costs.round_costs(problem, [f"{family} {rank}" for family in families], repeats)
+    return [
+        {"table": "speed", "rank": rank, "bases": label, **row}
+        for row, label in zip(rows, families.values(), strict=True)
+    ]
+
+
+def traces(size: str) -> Rows:
+    """Count how often three rounds of CompJF are traced, of images and of volumes."""
+    if _is_small(size):
+        cases = [(_toy(), "CompJF 3")]
+    else:
+        cases = [
+            (problems.splatting_problem(100, 40, SIGMAS[:1], (1,)), "CompJF 20"),
+            (problems.volume_problem(96, 40, 0.05, 8), "CompJF 24"),
+        ]
+    return [
+        {
+            "table": "traces",
+            "shape": "x".join(map(str, problem.truth.shape)),
+            "method": name,
+            "three_rounds": costs.num_traces(problem, name),
+        }
+        for problem, name in cases
+    ]
+
+
+def sweep(size: str) -> Rows:
+    """Vary rank and noise together, and mark the rows that are not dominated in their noise level.
+
+    A row is dominated if another one reached at least its best PSNR with at most its cumulative
+    bytes, and is better in one of the two.
+    """
+    if _is_small(size):
+        problem, sizes, rounds = _toy(), (3,), 6
+    else:
+        problem = problems.closed_form_problem(250, 100, (0.01, 0.02, 0.05, 0.1, 0.2))
+        sizes, rounds = (10, 20, 40, 60, 80, 100, 125, 150), 150
+    families = ("CompJF",) if _is_small(size) else ("CompJF", "CompRandJF")
+    names = ["FIRM", *(name for family in families for name in _named(family, *sizes))]
+    rows = runs.tabulate("sweep", problem, names, rounds)
+    return [{**row, "rank": _rank(row["method"]), "pareto": undominated(row, rows)} for row in rows]
+
+
+def _rank(method: str) -> int | str:
+    last = method.rpartition(" ")[2]
+    return int(last) if last.isdigit() else ""
+
+
+def undominated(row: dict[str, Any], rows: Rows) -> bool:
+    """Say whether no row of the same noise level dominates this one, see `sweep`."""
+
+    def dominates(other):
+        fewer, row_bytes = other["bytes_to_best"], row["bytes_to_best"]
+        better, row_best = other["best_psnr"], row["best_psnr"]
+        return (
+            fewer <= row_bytes and better >= row_best and (fewer, better) != (row_bytes, row_best)
+        )
+
+    return not any(dominates(other) for other in rows if other["sigma"] == row["sigma"])
+
+
+def clients(size: str) -> Rows:
+    """Vary the number of clients, coupled by the mean of all others."""
+    if _is_small(size):
+        counts, side, views, rounds = (3,), 16, 6, 6
+        names = ("growing ranks, estimated noise 4",)
+    else:
+        counts, side, views, rounds = (4, 8, 16, 32), 128, 51, 100
+        names = ("FIRM", "CompJF 26", "CompRandJF 26", "growing ranks, estimated noise 53")
+    return [
+        row
+        for count in counts
+        for row in runs.tabulate(
+            "clients",
+            problems.closed_form_problem(
+                side, views, (0.05,), coefficients=problems.equal_coefficients(count)
+            ),
+            names,
+            rounds,
+        )
+    ]
+
+
+def server(size: str) -> Rows:
+    """Time the server's joint factorization over the number of clients."""
+    setting = (16, 3, (2, 3), 2) if _is_small(size) else (512, 40, (4, 8, 16, 32, 64), 9)
+    return [{"table": "server", **row} for row in costs.server_times(*setting)]
+
+
+def sizes(size: str) -> Rows:
+    """Vary the size of the images, at 0.4 n views and rank n/5."""
+    cases = ((16, 6),) if _is_small(size) else ((128, 120), (250, 120), (512, 60))
+    sigmas = SIGMAS if _is_small(size) else SIGMAS[:1]
+    rows = []
+    for side, rounds in cases:
+        rank = round(side / 5)
+        names = ["FIRM", f"CompJF {rank}", f"CompRandJF {rank}"][: 1 if _is_small(size) else 3]
+        problem = problems.closed_form_problem(side, round(0.4 * side), sigmas)
+        table = runs.tabulate("sizes", problem, names, rounds)
+        dense = 4 * math.prod(problem.truth.shape)
+        rows += [{**row, "compression_ratio": dense / row["uplink_bytes"]} for row in table]
+    return rows
+
+
+def heterogeneous(size: str) -> Rows:
+    """Draw the ranks of the clients from 20 to 100, with three keys."""
+    if _is_small(size):
+        problem, rounds, low, high, keys = _toy(), 6, 2, 4, (0,)
+    else:
+        problem, rounds = problems.closed_form_problem(250, 100, SIGMAS), 150
+        low, high, keys = 20, 100, (0, 1, 2)
+    drawn = [ranks.draw(4, low, high, key=jax.random.key(key))[:, 0].tolist() for key in keys]
+    families = ("CompJF", "CompRandJF")[: 1 if _is_small(size) else 2]
+    names = [f"{family} {','.join(map(str, own))}" for own in drawn for family in families]
+    return runs.tabulate("heterogeneous", problem, ["FIRM", *names], rounds)
+
+
+def volumes(size: str) -> Rows:
+    """Reconstruct volumes of eight clients, and scale their size and number."""
+    if _is_small(size):
+        main, rounds, repeats, scaling = (12, 3), 6, 1, ()
+        names = ("FIRM",)
+    else:
+        main, rounds, repeats = (96, 8), 20, 5
+        scaling = ((48, 8), (64, 8), (64, 2), (64, 4))
+        names = ("CompJF 24", "CompRandJF 24", "CompJF sketched everywhere 24")
+        names += ("CompJF warm everywhere 24", "FIRM")
+    side, count = main
+    views = 6 if _is_small(size) else 40
+    problem = problems.volume_problem(side, views, 0.05, count)
+    rows = costs.round_costs(problem, names, repeats)
+    kept = [name for name in names if "sketched" not in name]
+    table = runs.tabulate("volume_quality", problem, kept, rounds)
+    for other, others in scaling:
+        smaller = problems.volume_problem(other, views, 0.05, others)
+        pair = [f"{family} {other // 4}" for family in ("CompJF", "CompJF warm everywhere")]
+        rows += costs.round_costs(smaller, pair, repeats)
+    return [*({"table": "volumes", **row} for row in rows), *table]
+
+
+def operators(size: str) -> Rows:
+    """Reconstruct a photograph and a hyperspectral cube from several kinds of measurements."""
+    cases = _measured(size)
+    names = ("FIRM + TV",) if _is_small(size) else ()
+    rows = []
+    for label, image, weights, kinds, rank in cases:
+        own = names or _operator_methods(rank)
+        for kind in kinds:
+            problem = problems.measured_problem(image, weights, kind, 0.05)
+            rounds = 6 if _is_small(size) else 150
+            table = runs.tabulate("operators", problem, own, rounds)
+            rows += [{"data": label, **row} for row in table]
+    return rows
+
+
+def _operator_methods(rank: int) -> tuple[str, ...]:
+    low_rank = (f"CompJF {rank}", f"CompRandJF {rank}", f"FullDecomp {rank}")
+    return ("FIRM", "single client", *low_rank, "FIRM + TV")
+
+
+def _measured(size: str) -> list[tuple]:
+    """Name, image, weights, operators and rank of the real data."""
+    everything = tuple(problems.OPERATORS)
+    if _is_small(size):
+        cube = problems.hyperspectral_cube(2, 16)
+        photo = problems.photograph(16)
+        return [
+            ("photograph", photo, problems.LUMINANCE, everything[3:], 3),
+            ("cube", cube, (0.5, 0.5), everything[:3], 3),
+        ]
+    cube = problems.hyperspectral_cube(6)
+    return [
+        ("photograph", problems.photograph(128), problems.LUMINANCE, everything, 26),
+        ("cube", cube, (1 / 6,) * 6, everything[:2], 29),
+    ]
+
+
+def _toy() -> Problem:
+    return problems.closed_form_problem(16, 6, SIGMAS)
+
+
+TABLES: Mapping[str, Callable[[str], Rows]] = {
+    "quality": quality,
+    "quality_large": quality_large,
+    "bases": bases,
+    "speed": speed,
+    "traces": traces,
+    "sweep": sweep,
+    "clients": clients,
+    "server": server,
+    "sizes": sizes,
+    "heterogeneous": heterogeneous,
+    "sketch": sketch,
+    "volumes": volumes,
+    "operators": operators,
+}
+"""The tables by name: "small" is a toy that checks the code, "full" the real settings."""
+
+
+def run(size: str, only: Sequence[str] | None = None) -> Rows:
+    """Run all tables, or some.
+
+    Args:
+        size: "small" or "full".
+        only: Names of `TABLES`; None for all.
+
+    Returns:
+        The rows of all of them.
+    """
+    return [row for name in only or TABLES for row in TABLES[name](size)]

@@ -25,9 +25,9 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedlr import federated, synthetic, tomography
+from fedlr import federated, proximal, synthetic, tomography
 from fedlr.algorithms import comp_jf, fedavg, firm, local_only
-from fedlr.federated import local, protocol, stopping
+from fedlr.federated import channels, compressors, local, protocol, ranks, stopping
 
 SIGMAS = (0.05, 0.1)
 SEGMENT = 10
@@ -44,9 +44,13 @@ class Method(NamedTuple):
 def build_methods(forward, coefficients, start, step_size, rank) -> dict[str, Method]:
     """Build the methods in the order of the table; each records its images in every round."""
     gradient = local.projected_gradient(forward, step_size=step_size)
-    low_rank = partial(
-        comp_jf.build, forward, coefficients, ranks=(rank, rank), step_size=step_size
-    )
+    dense = partial(firm.build, forward, coefficients, step_size=step_size)
+    low_rank = partial(comp_jf.build, forward, coefficients, step_size=step_size)
+    decomposed = channels.states(compressors.truncated_tucker((rank, rank)))
+    smooth = partial(proximal.total_variation, weight=0.004)
+    # Beyond this rank a message is larger than the image.
+    largest = int(start.shape[-1] / (1 + math.sqrt(2.0)))
+    growing = ranks.grow(start=min(8, largest))
 
     def own(state):
         return state.params
@@ -57,10 +61,15 @@ def build_methods(forward, coefficients, start, step_size, rank) -> dict[str, Me
     methods = {
         "FedAvg": Method(fedavg.build(gradient), start[0], repeated),
         "single client": Method(local_only.build(gradient), start[0], own),
-        "FIRM": Method(firm.build(forward, coefficients, step_size=step_size), start, own),
-        f"CompJF {rank}": Method(low_rank(), start, comp_jf.images),
+        "FIRM": Method(dense(), start, own),
+        "FIRM + TV": Method(dense(proximal=smooth), start, own),
+        f"FullDecomp {rank}": Method(dense(uplink=decomposed, downlink=decomposed), start, own),
         f"CompRandJF {rank}": Method(
-            low_rank(joint_basis=comp_jf.sketched()), start, comp_jf.images
+            low_rank(ranks=(rank, rank), joint_basis=comp_jf.sketched()), start, comp_jf.images
+        ),
+        f"CompJF {rank}": Method(low_rank(ranks=(rank, rank)), start, comp_jf.images),
+        "CompJF, growing": Method(
+            low_rank(ranks=(largest, largest), client_ranks=growing), start, comp_jf.images
         ),
     }
     return {
@@ -91,12 +100,12 @@ def reconstruct(method: Method, clients, num_rounds: int) -> tuple[Any, float, f
 
 
 def summarize(infos, scans, clients) -> dict[str, Any]:
-    """Find the best round and the one where the discrepancy principle stops."""
+    """Find the best round and the one whose images the corrected rule returns."""
     images, truth = np.asarray(infos.evaluation), np.asarray(scans.images)
     curve = psnr(images, truth)
-    rule = stopping.discrepancy(scans.noise_levels, stopping.num_measurements(clients))
-    fired = np.asarray(jax.vmap(rule)(infos._replace(evaluation=())))
-    stop, best = int(fired.argmax()) if fired.any() else len(curve) - 1, int(curve.argmax())
+    rule = stopping.corrected(scans.noise_levels, stopping.num_measurements(clients))
+    outcome = stopping.replay(rule, infos._replace(evaluation=()))
+    stop, best = int(outcome.best), int(curve.argmax())
     checked = [*range(5, len(curve), 5), stop]
     similarity = np.asarray(ssim(jnp.asarray(images[checked]), jnp.asarray(truth)))
     return {
@@ -106,9 +115,9 @@ def summarize(infos, scans, clients) -> dict[str, Any]:
         "stop_psnr": float(curve[stop]),
         "stop_round": stop,
         "stop_ssim": float(similarity[-1]),
-        "stopped_by_rule": bool(fired.any()),
-        "uplink_bytes_per_round": int(infos.uplink_bytes[0].sum()),
-        "downlink_bytes_per_round": int(infos.downlink_bytes[0].sum()),
+        "stopped_by_rule": bool(outcome.fired),
+        "uplink_bytes": infos.uplink_bytes.sum(axis=1).tolist(),
+        "downlink_bytes": infos.downlink_bytes.sum(axis=1).tolist(),
         "psnr": curve.tolist(),
         "images_at_stop": images[stop],
     }
@@ -135,10 +144,12 @@ def ssim(images: jax.Array, truth: jax.Array) -> jax.Array:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line a method and noise level."""
     heads = ("sigma", "method", "PSNR best", "stop", "SSIM best", "stop", "kB up/round", "down")
-    heads += ("compression", "stop at", "ms/round", "compile s")
+    heads += ("compression", "stop at", "MB to stop", "ms/round", "compile s")
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:
-        sent = row["uplink_bytes_per_round"] + row["downlink_bytes_per_round"]
+        # What growing ranks send differs from round to round: the mean up to the stop.
+        until = max(row["stop_round"], 1)
+        up, down = (sum(row[f"{way}link_bytes"][:until]) / until for way in ("up", "down"))
         dense = row["dense_bytes_per_round"]
         lines.append(
             (
@@ -148,10 +159,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f"{row['stop_psnr']:.2f}",
                 f"{row['best_ssim']:.3f}",
                 f"{row['stop_ssim']:.3f}",
-                f"{row['uplink_bytes_per_round'] / 1e3:.1f}",
-                f"{row['downlink_bytes_per_round'] / 1e3:.1f}",
-                f"{dense / sent:.2f}x" if sent else "-",
+                f"{up / 1e3:.1f}",
+                f"{down / 1e3:.1f}",
+                f"{dense / (up + down):.2f}x" if up else "-",
                 f"{row['stop_round']}" + ("" if row["stopped_by_rule"] else " (end)"),
+                f"{row['stop_round'] * (up + down) / 1e6:.1f}",
                 f"{1e3 * row['seconds_per_round']:.0f}",
                 f"{row['compile_seconds']:.1f}",
             )
@@ -174,7 +186,7 @@ def draw(rows: list[dict[str, Any]], truth: np.ndarray, sigma: float, path: Path
     figure = plt.figure(figsize=(15, 1.75 * len(stacks)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(len(truth) * 1.75, 8))
     left, right = halves
-    left.suptitle(f"sigma = {sigma}, every method where the discrepancy rule stops it", fontsize=10)
+    left.suptitle(f"sigma = {sigma}, every method where the corrected rule stops it", fontsize=10)
     axes = left.subplots(len(stacks), len(truth))
     for line, (label, images) in zip(axes, stacks, strict=True):
         for client, (axis, image) in enumerate(zip(line, images, strict=True)):
@@ -188,14 +200,14 @@ def draw(rows: list[dict[str, Any]], truth: np.ndarray, sigma: float, path: Path
         for row in rows:
             if row["sigma"] != level:
                 continue
-            sent = row["uplink_bytes_per_round"] + row["downlink_bytes_per_round"]
+            sent = np.add(row["uplink_bytes"], row["downlink_bytes"])
             curve = np.asarray(row["psnr"])
-            if not sent:
+            if not sent.any():
                 panel.axhline(
                     row["stop_psnr"], color="gray", ls=":", label=f"{row['method']}, at its stop"
                 )
                 continue
-            megabytes = np.arange(len(curve)) * sent / 1e6
+            megabytes = (np.cumsum(sent) - sent) / 1e6
             (line,) = panel.plot(megabytes[1:], curve[1:], label=row["method"])
             stop = row["stop_round"]
             panel.plot(megabytes[stop], curve[stop], "o", color=line.get_color())

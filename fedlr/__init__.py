@@ -2,12 +2,15 @@
 
 from fedlr import (
     algorithms,
+    ellipsoids,
     federated,
     iteration,
     masking,
     multilinear,
     noise,
+    operators,
     phantoms,
+    proximal,
     sketching,
     subspace,
     synthetic,
@@ -17,12 +20,15 @@ from fedlr import (
 
 __all__ = [
     "algorithms",
+    "ellipsoids",
     "federated",
     "iteration",
     "masking",
     "multilinear",
     "noise",
+    "operators",
     "phantoms",
+    "proximal",
     "sketching",
     "subspace",
     "synthetic",

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import core
 from jaxtyping import Array, Float, Key
 
 from fedlr import _checks, ellipsoids, noise, phantoms, tomography
@@ -83,6 +85,30 @@ def _every_client(function, angles, num_clients):
     return angles
 
 
+def _independent(coupled):
+    """Return the phantoms w_1 .. w_(N-1) without the zero amplitudes that pad them to w_N's."""
+    others = jax.tree.map(lambda field: field[:-1], coupled)
+    if isinstance(others.amplitude, core.Tracer):
+        return others
+    used = np.flatnonzero(np.asarray(others.amplitude).any(axis=0))
+    size = used[-1] + 1 if used.size else 1
+    return jax.tree.map(lambda field: field[:, :size], others)
+
+
+def _scan(geometry, ellipses, coefficients, angles):
+    """Return images and clean sinograms of w_1 .. w_(N-1) and of w_N = sum_i c_i w_i."""
+    size = geometry.shape[0]
+
+    def view(ellipses, angles):
+        return phantoms.sinogram(ellipses, angles, geometry.num_bins, size)
+
+    images = jax.vmap(lambda e: phantoms.rasterize(e, size))(ellipses)
+    mixed = jnp.tensordot(coefficients, images, axes=1, precision="highest")
+    clean = jax.vmap(view)(ellipses, angles[:-1])
+    last = view(phantoms.combine(ellipses, coefficients), angles[-1])
+    return tuple(jnp.concatenate(pair) for pair in ((images, mixed[None]), (clean, last[None])))
+
+
 def _measure(images, clean, angles, coefficients, sigma, key):
     """Add the noise of every client."""
     level = jnp.asarray(sigma, clean.dtype)
@@ -112,8 +138,9 @@ def scan_phantoms(
         geometry: Sizes of the scan; its image must be square. *Static.*
         ellipses: Phantoms w_1 .. w_N with w_N = sum_i c_i w_i, every field of shape (N, ellipses),
             as of `phantoms.coupled_phantoms` or `phantoms.append_combination`. float32 or float64;
-            their dtype is that of the result.
-        coefficients: Coefficients c_1 .. c_(N-1) by which they are tied, shape (N - 1,); handed on.
+            their dtype is that of the result. What is scanned as w_N is made of the others.
+        coefficients: Coefficients c_1 .. c_(N-1) by which they are tied, shape (N - 1,), of the
+            phantoms' dtype.
         angles: Viewing angles in radians, the same for all clients, shape (views,), or each
             client's own, shape (N, views); of the phantoms' dtype.
         sigma: Noise level relative to the largest clean value of a client, a scalar from 0; traced,
@@ -144,13 +171,10 @@ def scan_phantoms(
     angles = _check_scan("scan_phantoms", geometry, angles, sigma)
     coefficients = jnp.asarray(coefficients)
     _checks.check_ndim("scan_phantoms", "amplitude", ellipses.amplitude, 2)
-    num_clients, size = ellipses.amplitude.shape[0], geometry.shape[0]
+    num_clients = ellipses.amplitude.shape[0]
     _checks.check_shape("scan_phantoms", "coefficients", coefficients, (num_clients - 1,))
     angles = _every_client("scan_phantoms", angles, num_clients)
-    images = jax.vmap(lambda e: phantoms.rasterize(e, size))(ellipses)
-    clean = jax.vmap(lambda e, a: phantoms.sinogram(e, a, geometry.num_bins, size))(
-        ellipses, angles
-    )
+    images, clean = _scan(geometry, _independent(ellipses), coefficients, angles)
     return _measure(images, clean, angles, coefficients, sigma, key)
 
 
@@ -253,15 +277,11 @@ def multimodal_volumes(
         raise _checks.fail("multimodal_volumes", got, f"the angles' dtype {angles.dtype}")
     angles = _every_client("multimodal_volumes", angles, coefficients.shape[0] + 1)
     volume_key, noise_key = jax.random.split(key)
-    volumes = ellipsoids.coupled_ellipsoids(coefficients, key=volume_key)
+    volumes = _independent(ellipsoids.coupled_ellipsoids(coefficients, key=volume_key))
 
     def scan_slice(height):
         ellipses = ellipsoids.cross_section(volumes, height)
-        size = geometry.shape[0]
-        images = jax.vmap(lambda e: phantoms.rasterize(e, size))(ellipses)
-        return images, jax.vmap(lambda e, a: phantoms.sinogram(e, a, geometry.num_bins, size))(
-            ellipses, angles
-        )
+        return _scan(geometry, ellipses, coefficients, angles)
 
     slices = jax.lax.map(scan_slice, ellipsoids.heights(num_slices, dtype=angles.dtype))
     images, clean = (jnp.moveaxis(stack, 0, 1) for stack in slices)

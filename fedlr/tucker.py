@@ -27,12 +27,14 @@ from fedlr import _checks, _precision, iteration, multilinear, subspace
 
 __all__ = [
     "TuckerTensor",
+    "average_factors",
     "choose_ranks",
     "hooi",
     "hosvd",
     "joint_factors",
     "mode_order",
     "project_core",
+    "projection_error",
     "relative_error",
     "sthosvd",
     "to_dense",
@@ -453,6 +455,44 @@ def joint_factors(
     return tuple(find(mode, rank) for mode, rank in enumerate(ranks))
 
 
+def average_factors(
+    stacked: TuckerTensor, ranks: tuple[int, ...], *, basis: subspace.BasisFinder = _GRAM
+) -> tuple[Float[Array, "size rank"], ...]:
+    """Average the factors of all clients and orthonormalize: a rival of `joint_factors`.
+
+    ``S_k = find(mean_i S_ik, rank_k)``. Column a of one client has nothing to do with column a of
+    another one, whose order and signs are its own, so the mean spans neither's images. This is what
+    averaging the parameters of factored models does; it is here to be compared with.
+
+    Args:
+        stacked: TuckerTensor whose leaves have a leading client axis C.
+        ranks: Ranks of the averaged factors, a tuple with 1 <= rank_k <= I_k; *static*.
+        basis: Basis finder; *static*.
+
+    Returns:
+        Tuple of N orthonormal factors (I_k, rank_k).
+
+    Raises:
+        ValueError: If the leaves have no client axis, do not fit each other, or the ranks do not
+            fit the shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedlr import tucker
+        >>> images = jnp.stack([jnp.eye(4), 2 * jnp.eye(4)])
+        >>> stacked = jax.vmap(lambda image: tucker.sthosvd(image, (2, 2)))(images)
+        >>> [factor.shape for factor in tucker.average_factors(stacked, (2, 2))]
+        [(4, 2), (4, 2)]
+    """
+    _check_stacked("average_factors", stacked)
+    _checks.check_ranks("average_factors", ranks, stacked.shape)
+    means = [jnp.mean(factor, axis=0) for factor in stacked.factors]
+    return tuple(
+        basis(mean, rank, mode=mode)
+        for mode, (mean, rank) in enumerate(zip(means, ranks, strict=True))
+    )
+
+
 @_precision.highest
 def project_core(
     t: TuckerTensor, factors: Sequence[Float[Array, "size rank"]]
@@ -480,15 +520,50 @@ def project_core(
         >>> bool(jnp.allclose(core, jnp.diag(jnp.array([3.0, 0.0])), atol=1e-5))
         True
     """
-    if len(factors) != len(t.factors):
-        raise _checks.fail("project_core", f"{len(factors)} factors", f"{len(t.factors)}")
-    for mode, (new, old) in enumerate(zip(factors, t.factors, strict=True)):
-        _checks.check_ndim("project_core", f"factor {mode}", new, 2)
-        if new.shape[0] != old.shape[-2]:
-            got = f"factor {mode} of shape {new.shape}"
-            raise _checks.fail("project_core", got, f"{old.shape[-2]} rows")
+    _check_change("project_core", t, factors)
     changes = [new.T @ old for new, old in zip(factors, t.factors, strict=True)]
     return multilinear.multi_mode_dot(t.core, changes)
+
+
+@_precision.highest
+def projection_error(
+    t: TuckerTensor, factors: Sequence[Float[Array, "size rank"]]
+) -> Float[Array, ""]:
+    """Compute what a projection on other orthonormal factors loses, relative to the tensor.
+
+        ||X - X x_0 V_0 V_0^T x_1 V_1 V_1^T ...|| / ||X||
+
+    Mode by mode the lost parts ``X x_n (I - V_n V_n^T)`` are orthogonal to each other, so their
+    squares add up and no difference of large squares is taken.
+
+    Args:
+        t: TuckerTensor of N modes without batch axes, with orthonormal or zero columns.
+        factors: N matrices V_k (I_k, s_k) with orthonormal or zero columns, of the same dtype.
+
+    Returns:
+        The relative error, shape (); 0 for the zero tensor.
+
+    Raises:
+        ValueError: If there are not N factors or one has not I_k rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr import tucker
+        >>> t = tucker.sthosvd(jnp.diag(jnp.array([3.0, 4.0])), (2, 2))
+        >>> round(float(tucker.projection_error(t, (jnp.eye(2)[:, :1], jnp.eye(2)))), 4)
+        0.8
+    """
+    _check_change("projection_error", t, factors)
+    core, lost = t.core, jnp.zeros((), t.core.dtype)
+    for mode, (new, old) in enumerate(zip(factors, t.factors, strict=True)):
+        change = new.T @ old
+        outside = old - new @ change
+        # Not by Gram matrices: where the core cancels what sticks out they leave sqrt(eps).
+        lost += jnp.sum((outside @ multilinear.unfold(core, mode)) ** 2)
+        core = multilinear.mode_dot(core, change, mode)
+    total = _energy(t.core)
+    found = (lost > 0) & (total > 0)
+    return jnp.where(found, jnp.sqrt(jnp.where(found, lost, 1) / jnp.where(found, total, 1)), 0)
 
 
 def mode_order(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -606,6 +681,16 @@ def _check_effective(function: str, name: str, ranks: Array, ndim: int) -> None:
     _checks.check_shape(function, name, ranks, (ndim,))
     if not jnp.issubdtype(jnp.result_type(ranks), jnp.integer):
         raise _checks.fail(function, f"{name} of dtype {jnp.result_type(ranks)}", "integers")
+
+
+def _check_change(function: str, t: TuckerTensor, factors: Sequence[Array]) -> None:
+    if len(factors) != len(t.factors):
+        raise _checks.fail(function, f"{len(factors)} factors", f"{len(t.factors)}")
+    for mode, (new, old) in enumerate(zip(factors, t.factors, strict=True)):
+        _checks.check_ndim(function, f"factor {mode}", new, 2)
+        if new.shape[0] != old.shape[-2]:
+            got = f"factor {mode} of shape {new.shape}"
+            raise _checks.fail(function, got, f"{old.shape[-2]} rows")
 
 
 def _check_tucker(

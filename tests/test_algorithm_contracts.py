@@ -18,9 +18,18 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from fedlr import federated
-from fedlr.algorithms import comp_jf, fedavg, firm, local_only
-from fedlr.federated import clients, compressors, coupling, local, protocol, servers
+from fedlr import federated, tucker
+from fedlr.algorithms import comp_jf, fedavg, firm, local_only, low_rank_descent
+from fedlr.federated import (
+    channels,
+    clients,
+    compressors,
+    coupling,
+    local,
+    protocol,
+    ranks,
+    servers,
+)
 
 NUM_CLIENTS = 4
 DATA_SHAPES = {"samples": 5, "features": (3, 2)}
@@ -69,6 +78,10 @@ def coupled(build, **options):
     return lambda chunk: build(forward, coefficients, step_size=0.05, chunk_size=chunk, **options)
 
 
+def both_ways(channel):
+    return {"uplink": channel, "downlink": channel}
+
+
 def sgd(**options):
     return local.local_sgd(squared_error, optax.sgd(0.1), **options)
 
@@ -93,6 +106,24 @@ CASES = {
         (4 * (1 + 3 + 2), 24),
         smooth=False,
     ),
+    "fedavg_top_k": Case(
+        lambda chunk: fedavg.build(
+            sgd(num_steps=2),
+            compressor=compressors.error_feedback(compressors.top_k(2)),
+            chunk_size=chunk,
+        ),
+        zeros,
+        (2 * (4 + 4), 24),
+    ),
+    "fedavg_quantized": Case(
+        lambda chunk: fedavg.build(
+            sgd(num_steps=2), compressor=compressors.quantize(8), chunk_size=chunk
+        ),
+        zeros,
+        (6 + 2 * 4, 24),
+        symmetric=False,
+        smooth=False,
+    ),
     "local_only": Case(
         lambda chunk: local_only.build(
             local.projected_gradient(forward, step_size=0.05), chunk_size=chunk
@@ -107,6 +138,39 @@ CASES = {
         (24, 24),
         False,
         False,
+    ),
+    "firm_fed_pgd": Case(
+        coupled(firm.build, server=coupling.exact_projection, clip_clients=False),
+        zeros_for_everyone,
+        (24, 24),
+        False,
+        False,
+    ),
+    "firm_full_decomp": Case(
+        coupled(firm.build, **both_ways(channels.states(compressors.truncated_tucker((1, 1))))),
+        zeros_for_everyone,
+        (4 * (1 + 3 + 2), 4 * (1 + 3 + 2)),
+        False,
+        False,
+        smooth=False,
+    ),
+    "firm_top_k": Case(
+        coupled(
+            firm.build,
+            **both_ways(channels.increments(compressors.error_feedback(compressors.top_k(2)))),
+        ),
+        zeros_for_everyone,
+        (2 * (4 + 4), 2 * (4 + 4)),
+        False,
+        False,
+    ),
+    "firm_quantized": Case(
+        coupled(firm.build, **both_ways(channels.increments(compressors.quantize(8)))),
+        zeros_for_everyone,
+        (6 + 2 * 4, 6 + 2 * 4),
+        False,
+        False,
+        smooth=False,
     ),
     "comp_jf": Case(
         coupled(comp_jf.build, ranks=(2, 2)),
@@ -123,6 +187,40 @@ CASES = {
         False,
         False,
         comp_jf.images,
+        False,
+    ),
+    "comp_jf_adaptive": Case(
+        # A residual that falls by less than 99 % is stuck: the ranks grow in the second round.
+        coupled(
+            comp_jf.build,
+            ranks=(2, 2),
+            client_ranks=ranks.grow(
+                jnp.zeros(NUM_CLIENTS), start=1, step=1, every=1, tolerance=0.99
+            ),
+        ),
+        zeros_for_everyone,
+        (4 * (1 + 3 + 2), 4 * (1 + 3 + 2)),
+        False,
+        False,
+        lambda state: (comp_jf.images(state), state.clients),
+        False,
+    ),
+    "comp_jf_averaged": Case(
+        coupled(comp_jf.build, ranks=(2, 2), join=tucker.average_factors),
+        zeros_for_everyone,
+        (4 * (4 + 6 + 4), 4 * (4 + 6 + 4)),
+        False,
+        False,
+        comp_jf.images,
+    ),
+    "low_rank_descent": Case(
+        # Four clients of rank one span all of 3 x 2 pixels.
+        coupled(low_rank_descent.build, ranks=(1, 1)),
+        zeros_for_everyone,
+        (4 * (1 + 3 + 2), 24),
+        False,
+        False,
+        low_rank_descent.images,
         False,
     ),
 }

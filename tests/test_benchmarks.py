@@ -68,6 +68,138 @@ def test_the_command_pins_a_core_and_writes_json_lines(toy_folder):
     assert row["versions"]["jax"]
 
 
+@pytest.fixture
+def tables_folder(toy_folder):
+    """The same with a benchmark of two tables, which draws."""
+    (toy_folder / "benchmarks" / "several.py").write_text(
+        "from pathlib import Path\n"
+        "CORES = None\n"
+        "TABLES = {name: lambda size, name=name: [{'table': name, 'value': size, 'list': [1, 2]}]\n"
+        "          for name in ('first', 'second')}\n"
+        "def run(size, only=None):\n"
+        "    return [row for name in only or TABLES for row in TABLES[name](size)]\n"
+        "def draw(rows, folder):\n"
+        "    folder.mkdir(parents=True, exist_ok=True)\n"
+        "    file = folder / 'tables.png'\n"
+        "    file.write_text(' '.join(row['table'] for row in rows))\n"
+        "    return [file]\n"
+    )
+    return toy_folder
+
+
+def run_command(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_one_table_is_renewed_and_the_others_are_kept(tables_folder):
+    def values():
+        lines = (tables_folder / "out.jsonl").read_text().splitlines()
+        return {row["table"]: row["value"] for row in map(json.loads, lines)}
+
+    arguments = ["several", "--json", "out.jsonl", "--only"]
+    done = run_command(tables_folder, *arguments, "first")
+    assert done.returncode == 0, done.stderr
+    assert "2 values" in done.stdout
+    assert values() == {"first": "small"}
+    assert run_command(tables_folder, *arguments, "second", "--size", "full").returncode == 0
+    assert values() == {"first": "small", "second": "full"}
+    assert (tables_folder / "out_figures" / "tables.png").read_text() == "first second"
+    assert run_command(tables_folder, *arguments, "second,first").returncode == 0
+    assert values() == {"first": "small", "second": "small"}
+
+
+def test_all_tables_are_run_and_replace_the_file(tables_folder):
+    (tables_folder / "out.jsonl").write_text('{"table": "old"}\n')
+    done = run_command(tables_folder, "several", "--json", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "old" not in (tables_folder / "out.jsonl").read_text()
+
+
+def test_figures_go_where_they_are_asked_for_and_nowhere_by_themselves(tables_folder):
+    before = sorted(tables_folder.iterdir())
+    assert run_command(tables_folder, "several").returncode == 0
+    assert sorted(tables_folder.iterdir()) == before
+    done = run_command(tables_folder, "several", "--only", "second", "--figures", "pictures")
+    assert done.returncode == 0, done.stderr
+    assert (tables_folder / "pictures" / "tables.png").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["several", "--only", "first,third"],
+            "--only: got 'third', expected some of: first, second",
+        ),
+        (["toy", "--only", "first"], "--only: benchmark toy has no tables to choose from"),
+        (["toy", "--figures", "here"], "--figures: benchmark toy draws none"),
+    ],
+)
+def test_options_a_benchmark_cannot_serve_are_refused(tables_folder, arguments, message):
+    done = run_command(tables_folder, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_every_table_of_reconstruction_and_every_method_has_a_name():
+    from benchmarks import methods, problems, reconstruction
+
+    problem = problems.splatting_problem(16, 4, (0.05,), (1,))
+    for name in {*reconstruction.QUALITY, *reconstruction.LARGE, *reconstruction.TOY_QUALITY}:
+        method = methods.build(name, problem, problem.draw(0))
+        assert callable(method.algorithm.round), name
+    with pytest.raises(KeyError, match="no such method"):
+        methods.build("no such method", problem, problem.draw(0))
+    assert set(reconstruction.TABLES) > {"quality", "sweep", "clients", "sketch"}
+
+
+def test_a_row_is_dominated_by_a_cheaper_and_better_one():
+    from benchmarks import reconstruction
+
+    rows = [
+        {"sigma": 0.1, "bytes_to_best": cost, "best_psnr": best}
+        for cost, best in [(1, 20.0), (2, 20.0), (3, 22.0), (4, 21.0)]
+    ]
+    assert [reconstruction.undominated(row, rows) for row in rows] == [True, False, True, False]
+
+
+def test_a_replayed_stopping_rule_returns_what_simulate_returns():
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import methods, problems, runs
+    from fedlr import federated
+    from fedlr.federated import stopping
+
+    problem = problems.splatting_problem(16, 6, (0.1,), (1,))
+    draw, name = problem.draw(0), "FIRM"
+    rule = stopping.corrected(draw.noise_levels, stopping.num_measurements(draw.clients))
+    method = methods.build(name, problem, draw)
+    state = method.algorithm.init(method.start, draw.clients, key=jax.random.key(2))
+    stopped, _ = federated.simulate(
+        method.algorithm,
+        state,
+        draw.clients,
+        num_rounds=30,
+        key=jax.random.key(3),
+        stop=rule,
+        progress=False,
+    )
+    record = runs.run(name, problem, 30)
+    (index,) = record.stops["corrected"]
+    assert index == int(stopped.round) < 29
+    error = jnp.mean((stopped.params - problem.truth) ** 2, axis=(1, 2))
+    peak = jnp.max(problem.truth, axis=(1, 2))
+    psnr = float(jnp.mean(10 * jnp.log10(peak**2 / error)))
+    assert record.psnr[0, index] == pytest.approx(psnr, abs=1e-3)
+
+
 def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["no_such_benchmark"])

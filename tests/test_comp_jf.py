@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax import test_util
 
-from fedlr import federated, subspace
+from fedlr import federated, operators, subspace, tucker
 from fedlr.algorithms import comp_jf
 from fedlr.federated import coupling, protocol
+from fedlr.federated import ranks as ranks_
 from tests.reference import reconstruction as reference
 
 COEFFICIENTS = np.array([0.5, 0.3])
@@ -182,6 +183,187 @@ def test_derivative_of_a_run_agrees_with_finite_differences(clients):
         return infos.losses[-1].sum()
 
     test_util.check_grads(last_loss, (clients.targets,), order=1, modes=["rev"])
+
+
+# Ranks wanted by each client in each round, below and above what is allowed: 1 to 4.
+WANTED = np.array([(1, 2, 1), (3, 2, 1), (3, 9, 2), (1, 2, 0), (1, 1, 1), (4, 2, 3)])
+LARGEST = 4
+
+
+def scheduled(wanted):
+    """A rule whose memory is the list of the ranks to come, for both modes alike."""
+
+    def init(clients, max_ranks):
+        plan = jnp.asarray(np.repeat(wanted.T[:, :, None], 2, axis=2), jnp.int32)
+        return plan[:, 0], plan
+
+    def update(ranks, residual_norm, plan):
+        return plan[0], jnp.roll(plan, -1, axis=0)
+
+    return ranks_.RankRule(init, update)
+
+
+@pytest.fixture(scope="module")
+def scheduled_run(clients):
+    return run(
+        clients, ranks=(LARGEST, LARGEST), client_ranks=scheduled(WANTED), num_rounds=len(WANTED)
+    )
+
+
+def test_rounds_under_a_rule_equal_naive_rounds_at_the_ranks_of_each_round(clients, scheduled_run):
+    """Rising and falling ranks, with the joint rank of each round the largest of its clients."""
+    state, infos = scheduled_run
+    images = np.zeros((3, *SHAPE))
+    matrices, data = np.asarray(clients.inputs), np.asarray(clients.targets)
+    for t, ranks in enumerate(np.clip(WANTED, 1, LARGEST)):
+        before = images
+        images, norms = reference.comp_jf_round(
+            matrices, images, data, COEFFICIENTS, STEP, 1.0, ranks, max(ranks)
+        )
+        np.testing.assert_allclose(infos.metrics.residual_norm[t], norms, rtol=1e-8)
+        moved = np.linalg.norm(images - before, axis=(1, 2)) / np.linalg.norm(images, axis=(1, 2))
+        np.testing.assert_allclose(infos.metrics.change[t], moved, rtol=1e-7)
+    np.testing.assert_allclose(comp_jf.images(state), images, rtol=1e-7, atol=1e-8)
+
+
+def test_bytes_follow_the_recorded_ranks_up_and_down(scheduled_run):
+    _, infos = scheduled_run
+    ranks = np.clip(WANTED, 1, LARGEST)
+    np.testing.assert_array_equal(infos.metrics.ranks, np.repeat(ranks[:, :, None], 2, axis=2))
+    assert infos.metrics.ranks.dtype == jnp.int32
+    np.testing.assert_array_equal(infos.uplink_bytes, 8 * (ranks**2 + 13 * ranks))
+    largest = ranks.max(axis=1)
+    np.testing.assert_array_equal(
+        infos.downlink_bytes, np.repeat(8 * (largest**2 + 13 * largest)[:, None], 3, axis=1)
+    )
+
+
+def test_a_rule_that_changes_nothing_gives_the_run_of_fixed_ranks(clients):
+    given = jnp.array([(3, 2), (1, 3), (2, 2)], jnp.int32)
+    rule = ranks_.RankRule(lambda *_: (given, ()), lambda ranks, _, memory: (ranks, memory))
+    ruled, infos = run(clients, ranks=(5, 6), client_ranks=rule, num_rounds=3)
+    fixed, expected = run(clients, ranks=(3, 3), client_ranks=given, num_rounds=3)
+    np.testing.assert_allclose(comp_jf.images(ruled), comp_jf.images(fixed), rtol=1e-8, atol=1e-9)
+    for name in ("residual_norm", "violation", "change", "truncation", "joining"):
+        np.testing.assert_allclose(
+            getattr(infos.metrics, name),
+            getattr(expected.metrics, name),
+            rtol=1e-7,
+            atol=1e-12,
+            err_msg=name,
+        )
+    np.testing.assert_array_equal(infos.uplink_bytes, expected.uplink_bytes)
+    np.testing.assert_array_equal(infos.downlink_bytes, expected.downlink_bytes)
+
+
+@pytest.mark.parametrize("basis", [comp_jf.sketched(), comp_jf.warm_started()])
+def test_cheap_bases_work_with_a_rule(clients, basis):
+    """The joint factors have as many columns as the largest rank of the last round, 4."""
+    wanted = np.array([(2, 3, 1), (3, 1, 2), (2, 2, 2), (4, 3, 3)])
+    state, infos = run(clients, ranks=(6, 7), client_ranks=scheduled(wanted), joint_basis=basis)
+    np.testing.assert_array_equal(
+        infos.metrics.ranks, np.broadcast_to(wanted[:, :, None], (4, 3, 2))
+    )
+    for factor in state.params.factors:
+        kept = np.diag(np.arange(factor.shape[1]) < 4)
+        np.testing.assert_allclose(factor.T @ factor, kept, atol=1e-12)
+    losses = infos.losses.sum(axis=1)
+    assert jnp.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_record_measures_what_truncation_and_joining_lose(clients):
+    """One round from images of full rank, with averaged factors, whose messages are looked at."""
+    messages = []
+
+    def join(stacked, ranks, *, basis):
+        jax.debug.callback(messages.append, stacked)
+        return tucker.average_factors(stacked, ranks, basis=basis)
+
+    start = np.random.default_rng(0).normal(size=(3, *SHAPE))
+    ranks = jnp.array([(3, 3), (2, 2), (1, 1)], jnp.int32)
+    algorithm = comp_jf.build(
+        forward,
+        jnp.asarray(COEFFICIENTS),
+        ranks=(3, 3),
+        client_ranks=ranks,
+        join=join,
+        step_size=STEP,
+    )
+    key = jax.random.key(0)
+    state = jax.jit(algorithm.init)(jnp.asarray(start), clients, key=key)
+    before = np.asarray(comp_jf.images(state))
+    after, info = jax.jit(algorithm.round)(state, clients, jnp.arange(3), key=key)
+    jax.effects_barrier()
+    images, found = np.asarray(comp_jf.images(after)), info.metrics
+    (stacked,) = messages
+    dense = jax.vmap(tucker.to_dense)(stacked)
+    left, right = (np.linalg.qr(np.asarray(factors).mean(axis=0))[0] for factors in stacked.factors)
+    projected = []
+    for i in range(3):
+        stepped, _ = reference.clipped_step(
+            np.asarray(clients.inputs[i]), before[i], np.asarray(clients.targets[i]), STEP
+        )
+        sent = reference.truncate(stepped, int(ranks[i, 0]))
+        np.testing.assert_allclose(dense[i], sent, atol=1e-9)
+        projected.append(left @ left.T @ sent @ right @ right.T)
+        lost = np.linalg.norm(stepped - sent) / np.linalg.norm(stepped)
+        np.testing.assert_allclose(found.truncation[i], lost, rtol=1e-7)
+        missed = np.linalg.norm(sent - projected[i]) / np.linalg.norm(sent)
+        np.testing.assert_allclose(found.joining[i], missed, rtol=1e-7)
+        moved = np.linalg.norm(images[i] - before[i]) / np.linalg.norm(images[i])
+        np.testing.assert_allclose(found.change[i], moved, rtol=1e-7)
+    expected = coupling.couple(jnp.asarray(COEFFICIENTS), jnp.asarray(np.stack(projected)))
+    np.testing.assert_allclose(images, expected, rtol=1e-7, atol=1e-8)
+    assert found.joining.max() > 0.3
+    signed = reference.signed_coefficients(COEFFICIENTS)
+    gap = np.linalg.norm(np.tensordot(signed, before, axes=1)) / np.linalg.norm(before[-1])
+    np.testing.assert_allclose(found.violation, np.full(3, gap), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_change_of_a_run_that_settles_goes_to_rounding(dtype):
+    """To eps, not to its root, though the joint factors turn where the images are deficient."""
+    rng = np.random.default_rng(0)
+    left, right = np.abs(rng.normal(size=(2, 6))), np.abs(rng.normal(size=(2, 7)))
+    truth = np.stack([np.outer(left[0], right[0]), np.outer(left[1], right[1]), np.zeros(SHAPE)])
+    truth[2] = 0.5 * truth[0] + 0.3 * truth[1]
+    matrices = rng.normal(size=(3, 120, 42))
+    data = np.einsum("cmn,cn->cm", matrices, truth.reshape(3, -1))
+    clients = protocol.ClientData(
+        jnp.asarray(matrices, dtype), jnp.asarray(data, dtype), jnp.ones(data.shape, bool)
+    )
+    state, infos = run(clients, ranks=(4, 4), num_rounds=300, step_size=0.003)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(comp_jf.images(state), truth, atol=1e3 * eps)
+    assert infos.metrics.change[-1].max() < 100 * eps
+    assert infos.metrics.joining[-1].max() < 100 * eps
+
+
+def test_forward_models_and_couplings_are_checked_before_any_round(clients):
+    key, start = jax.random.key(0), jnp.zeros((3, *SHAPE))
+
+    def transposed(measurements, matrix):
+        return 1.01 * (matrix.T @ measurements).reshape(SHAPE)
+
+    wrong = operators.from_pair(forward, transposed)
+    algorithm = comp_jf.build(wrong, jnp.asarray(COEFFICIENTS), ranks=(3, 3), step_size=STEP)
+    with pytest.raises(ValueError, match="comp_jf: got a forward model whose adjoint does not mat"):
+        algorithm.init(start, clients, key=key)
+    # Where nothing has a value there is nothing to compare.
+    jax.eval_shape(algorithm.init, start, clients, key=key)
+    message = r"comp_jf: got coefficients \[-0.5, -0.3\] for images of at least 0.0, expected a pos"
+    with pytest.raises(ValueError, match=message):
+        comp_jf.build(forward, -jnp.asarray(COEFFICIENTS), ranks=(3, 3))
+    comp_jf.build(forward, -jnp.asarray(COEFFICIENTS), ranks=(3, 3), lower=None)
+    with pytest.raises(ValueError, match=r"grow: got start of mode 0 4, expected .* from 1 to 3"):
+        comp_jf.build(
+            forward,
+            jnp.asarray(COEFFICIENTS),
+            ranks=(3, 3),
+            client_ranks=ranks_.grow(jnp.ones(3), start=4),
+            step_size=STEP,
+        ).init(start, clients, key=key)
 
 
 def test_bad_input_is_refused(clients):

@@ -30,7 +30,8 @@ def test_demo_writes_its_table_picture_and_figures(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    methods = ["FedAvg", "single client", "FIRM", "CompJF 6", "CompRandJF 6"]
+    methods = ["FedAvg", "single client", "FIRM", "FIRM + TV", "FullDecomp 6", "CompRandJF 6"]
+    methods += ["CompJF 6", "CompJF, growing"]
     for method in methods:
         assert method in done.stdout
     rows = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
@@ -38,9 +39,10 @@ def test_demo_writes_its_table_picture_and_figures(tmp_path):
         (sigma, method) for sigma in (0.05, 0.1) for method in methods
     ]
     by_method = {row["method"]: row for row in rows if row["sigma"] == 0.1}
-    assert by_method["single client"]["uplink_bytes_per_round"] == 0
-    assert by_method["FIRM"]["uplink_bytes_per_round"] == 4 * 4 * 24 * 24
-    assert by_method["CompJF 6"]["uplink_bytes_per_round"] == 4 * 4 * (6 * 6 + 2 * 24 * 6)
+    low_rank = 4 * 4 * (6 * 6 + 2 * 24 * 6)
+    sent = {"single client": 0, "FIRM": 4 * 4 * 24 * 24, "FullDecomp 6": low_rank}
+    for method, each in (sent | {"CompJF 6": low_rank}).items():
+        assert by_method[method]["uplink_bytes"] == [each] * 12
     for row in rows:
         assert len(row["psnr"]) == 12
         assert row["best_psnr"] == max(row["psnr"])

@@ -9,17 +9,17 @@ import pytest
 
 from fedlr import federated, synthetic, tomography
 from fedlr.algorithms import comp_jf, fedavg, firm, local_only
-from fedlr.federated import coupling, local, protocol, stopping
+from fedlr.federated import coupling, local, protocol, ranks, stopping
 
 SIZE, VIEWS, RANK, ROUNDS = 32, 16, 8, 40
 SIGMA = 0.1
 GEOMETRY = tomography.ParallelBeam(shape=(SIZE, SIZE), num_bins=46)
 
 
-def make_scans(geometry, views):
+def make_scans(geometry, views, sigma=SIGMA):
     """Noisy scans of the four coupled images, and the same as data of a federation."""
     angles = synthetic.uniform_angles(views)
-    scans = synthetic.multimodal_scans(geometry, angles, sigma=SIGMA, key=jax.random.key(0))
+    scans = synthetic.multimodal_scans(geometry, angles, sigma=sigma, key=jax.random.key(0))
     mask = jnp.ones(scans.angles.shape, bool)
     return scans, protocol.ClientData(scans.angles, scans.sinograms, mask)
 
@@ -47,6 +47,7 @@ def make_follow(geometry, scans, clients, rank):
         "single client": (local_only.build(gradient), start[0], own),
         "FIRM": (dense(), start, own),
         "FIRM+": (dense(server=coupling.augmented_lagrangian), start, own),
+        "FedPGD": (dense(server=coupling.exact_projection, clip_clients=False), start, own),
         "CompJF": (low_rank(), start, comp_jf.images),
         "CompRandJF, accurate": (low_rank(joint_basis=accurate), start, comp_jf.images),
         "CompJF, warm": (
@@ -108,8 +109,9 @@ def test_low_rank_gains_more_at_a_real_size():
     assert_order(make_follow(geometry, *make_scans(geometry, 40), 20), 0.4)
 
 
-def test_firm_plus_is_as_good_as_firm(follow):
-    assert follow("FIRM+")[0].max() == pytest.approx(follow("FIRM")[0].max(), abs=0.05)
+@pytest.mark.parametrize("name", ["FIRM+", "FedPGD"])
+def test_servers_are_as_good_as_firm(follow, name):
+    assert follow(name)[0].max() == pytest.approx(follow("FIRM")[0].max(), abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["CompRandJF, accurate", "CompJF, warm"])
@@ -142,6 +144,65 @@ def test_discrepancy_stops_near_the_best_round_and_the_paper_rule_too_early(foll
     assert stops["paper"] < stops["pooled"]
     assert stops["paper"] < stops["single"]
     assert curve[stops["paper"]] < curve[stops["single"]]
+
+
+@pytest.mark.parametrize("name", ["single client", "FIRM", "FIRM+", "CompJF"])
+def test_corrected_rule_returns_a_state_near_the_best(follow, problem, name):
+    scans, clients = problem
+    curve, infos = follow(name)
+    rule = stopping.corrected(scans.noise_levels, stopping.num_measurements(clients))
+
+    @jax.jit
+    def verdicts(infos):
+        def step(memory, info):
+            verdict, memory = rule.update(info, memory)
+            return memory, verdict
+
+        return jax.lax.scan(step, rule.init(), infos)[1]
+
+    stop, best = map(np.asarray, verdicts(infos._replace(evaluation=())))
+    assert stop.any()
+    (kept,) = np.nonzero(best[: stop.argmax() + 1])
+    assert curve.max() - curve[kept[-1]] < 0.3
+
+
+@functools.partial(jax.jit, static_argnames="adaptive")
+def low_rank_curve(scans, clients, rank, *, adaptive):
+    """PSNR of every round of CompJF with a traced rank, fixed or grown from 4 by steps of 2."""
+    forward = functools.partial(tomography.project, GEOMETRY)
+    fixed = ranks.RankRule(
+        lambda *_: (jnp.full((4, 2), rank, jnp.int32), ()),
+        lambda ranks, _, memory: (ranks, memory),
+    )
+    grown = ranks.grow(scans.noise_levels, start=4, step=2, every=5)
+    algorithm = comp_jf.build(
+        forward, scans.coefficients, ranks=(12, 12), client_ranks=grown if adaptive else fixed
+    )
+    peak = scans.images.max(axis=(1, 2))
+
+    def psnr(state):
+        error = jnp.mean((comp_jf.images(state) - scans.images) ** 2, axis=(1, 2))
+        return jnp.mean(10 * jnp.log10(peak**2 / error))
+
+    algorithm = federated.with_evaluation(algorithm, psnr)
+    state = algorithm.init(jnp.zeros_like(scans.images), clients, key=jax.random.key(2))
+    infos = federated.run(algorithm, state, clients, num_rounds=100, key=jax.random.key(3))[1]
+    return infos.evaluation, infos.metrics.ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sigma", [0.05, 0.1])
+def test_ranks_that_grow_are_as_good_as_the_best_fixed_rank(sigma):
+    scans, clients = make_scans(GEOMETRY, VIEWS, sigma)
+    best = {
+        rank: float(low_rank_curve(scans, clients, rank, adaptive=False)[0].max())
+        for rank in (4, 6, 8, 10, 12)
+    }
+    curve, found = low_rank_curve(scans, clients, 4, adaptive=True)
+    assert float(curve.max()) > max(best.values()) - 0.2
+    assert (jnp.diff(found, axis=0) >= 0).all()
+    assert found[0].max() == 4
+    assert found[-1].max() > 4
 
 
 def test_noise_level_from_the_detector_edge_is_close_to_the_truth(problem):

@@ -349,7 +349,32 @@ def test_rules_remember_rounds_across_segments(alone):
     rule = stopping.stagnation(patience=5)
     state, infos = simulate(still, start, data, num_rounds=20, stop=rule, segment_rounds=2)
     assert len(infos.losses) == 6
-    assert state.round == 5
+    # No round improved on the first one, so its state is returned.
+    assert state.round == 0
+
+
+def test_a_run_that_diverges_ends_with_its_best_state(alone):
+    algorithm, start, data = alone
+    update = local.projected_gradient(lambda image, _: image, step_size=2.5, lower=None)
+    diverging = local_only.build(update)
+
+    def until_third(state, clients, cohort, *, key):
+        good, info = algorithm.round(state, clients, cohort, key=key)
+        bad, _ = diverging.round(state, clients, cohort, key=key)
+        chosen = jax.tree.map(lambda a, b: jnp.where(state.round < 3, a, b), good, bad)
+        return chosen, info
+
+    turning = protocol.FederatedAlgorithm(algorithm.init, until_third)
+    rule = stopping.any_of(stopping.every_client(jnp.zeros(2)), stopping.stagnation(patience=4))
+    for segment_rounds in (1, 20):
+        state, infos = simulate(
+            turning, start, data, num_rounds=20, stop=rule, segment_rounds=segment_rounds
+        )
+        norms = infos.metrics.residual_norm[:, 1]
+        np.testing.assert_allclose(norms[:6], [3, 1.5, 0.75, 0.375, 0.5625, 0.84375])
+        assert len(norms) == 8
+        assert state.round == 3
+        np.testing.assert_array_equal(np.abs(state.params - data.targets)[1, 0], 0.375)
 
 
 def test_three_rounds_cause_one_trace(alone):

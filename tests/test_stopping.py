@@ -17,7 +17,7 @@ def play(rule, history):
     """Feed a history of residual norms to a rule and list its answers."""
     memory, answers = rule.init(), []
     for residual_norms in history:
-        stop, memory = rule.update(record(residual_norms), memory)
+        (stop, _), memory = rule.update(record(residual_norms), memory)
         answers.append(bool(stop))
     return answers
 
@@ -101,7 +101,9 @@ def test_any_rule_of_several_stops():
 
 def test_rules_read_the_metrics_of_coupled_rounds_too():
     info = record([1.0, 2.0])
-    coupled = info._replace(metrics=coupling.CoupledMetrics(jnp.array([1.0, 2.0]), jnp.zeros(2)))
+    coupled = info._replace(
+        metrics=coupling.CoupledMetrics(jnp.array([1.0, 2.0]), jnp.zeros(2), jnp.zeros(2))
+    )
     stop = jax.jit(stopping.every_client(jnp.array([1.5, 2.5])))
     assert bool(stop(coupled))
     assert bool(stop(info))
@@ -120,3 +122,115 @@ def test_records_that_do_not_fit_are_refused():
         stopping.num_measurements(
             protocol.ClientData((), jnp.zeros((2, 3)), jnp.ones((2, 4), bool))
         )
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ([5.0, 4.0, 3.0, 2.0, 1.0], (True, 3, 3)),  # reaches its level
+        ([5.0, 4.0, 6.0, 7.0, 1.0], (True, 3, 1)),  # turns round before
+        ([9.0, 8.0, 7.0, 6.0, 5.0], (False, 4, 4)),  # neither
+    ],
+)
+def test_replaying_a_rule_tells_where_it_stops_and_what_it_returns(norms, expected):
+    infos = record(jnp.array(norms)[:, None])
+    rule = stopping.any_of(stopping.every_client(jnp.array([2.0])), stopping.stagnation(patience=2))
+    outcome = jax.jit(lambda infos: stopping.replay(rule, infos))(infos)
+    assert tuple(np.asarray(outcome).tolist()) == expected
+
+
+@pytest.mark.parametrize("bad", [-0.2, np.nan])
+@pytest.mark.parametrize(
+    "build", [stopping.discrepancy, stopping.noise_thresholds, stopping.corrected]
+)
+def test_noise_levels_below_zero_are_refused(build, bad):
+    message = r"got noise_levels .*, expected a non-negative number"
+    with pytest.raises(ValueError, match=message):
+        build(jnp.array([0.1, bad]), jnp.ones(2))
+    data = protocol.ClientData((), jnp.ones((1, 3)), jnp.ones((1, 3), bool))
+    with pytest.raises(
+        ValueError, match=r"noisy_maximum_thresholds: got relative_noise (-0.2|nan)"
+    ):
+        stopping.noisy_maximum_thresholds(data, bad)
+
+
+def test_corrected_rule_stops_when_every_client_reaches_its_noise():
+    levels, counts = jnp.array([0.1, 0.2]), jnp.array([100.0, 25.0])
+    # 1.05 sqrt(m) s is 1.05 for both.
+    rule = stopping.corrected(levels, counts)
+    assert play(rule, [[4.0, 4.0], [1.04, 1.06], [1.04, 1.04]]) == [False, False, True]
+    strict = stopping.corrected(levels, counts, factor=1.0)
+    assert play(strict, [[4.0, 4.0], [1.04, 1.04], [0.99, 0.99]]) == [False, False, True]
+
+
+def test_corrected_rule_stops_at_stagnation_above_the_noise():
+    rule = stopping.corrected(jnp.array([0.1]), jnp.array([100.0]), tolerance=0.1, patience=3)
+    history = [[4.0], [3.0], [2.99], [2.98], [2.97], [2.96]]
+    assert play(rule, history) == [False, False, False, False, True, True]
+    with pytest.raises(ValueError, match=r"noise_thresholds: got measurements of shape \(3,\)"):
+        stopping.corrected(jnp.ones(2), jnp.ones(3))
+
+
+def verdicts(rule, history):
+    memory, answers = rule.init(), []
+    for residual_norms in history:
+        verdict, memory = rule.update(record(residual_norms), memory)
+        answers.append((bool(verdict.stop), bool(verdict.best)))
+    return answers
+
+
+def test_best_state_is_the_smallest_residual_or_that_of_the_rule_that_fired():
+    falling_then_rising = [[3.0], [2.0], [2.5], [2.6], [1.9]]
+    stagnation = stopping.stagnation(tolerance=0.01, patience=2)
+    assert verdicts(stagnation, falling_then_rising) == [
+        (False, True),
+        (False, True),
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+    level = stopping.every_client(jnp.array([2.55]))
+    assert verdicts(stopping.as_rule(level), falling_then_rising)[:3] == [
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
+    # Together: whichever calls a round its best, and whichever stops.
+    both = stopping.any_of(stagnation, stopping.every_client(jnp.array([1.95])))
+    assert verdicts(both, falling_then_rising) == [
+        (False, True),
+        (False, True),
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
+
+
+def test_rules_stay_rules_and_their_memory_is_a_pytree_for_scan():
+    rule = stopping.corrected(jnp.array([0.1]), jnp.array([100.0]), patience=2)
+    assert stopping.as_rule(rule) is rule
+
+    @jax.jit
+    def stops(norms):
+        def step(memory, norm):
+            verdict, memory = rule.update(record(norm[None]), memory)
+            return memory, verdict.stop
+
+        return jax.lax.scan(step, rule.init(), norms)[1]
+
+    np.testing.assert_array_equal(
+        stops(jnp.array([3.0, 2.0, 2.0, 2.0, 1.0])), [False, False, False, True, True]
+    )
+
+
+def test_settled_needs_every_image_at_rest():
+    def changing(change):
+        zeros = jnp.zeros(len(change))
+        return record(zeros)._replace(metrics=coupling.CoupledMetrics(zeros, zeros, change))
+
+    stop = stopping.settled(tolerance=1e-3)
+    assert bool(stop(changing(jnp.array([1e-3, 0.0]))))
+    assert not bool(stop(changing(jnp.array([1.1e-3, 0.0]))))
+    assert not bool(stop(changing(jnp.array([jnp.nan, 0.0]))))
+    with pytest.raises(ValueError, match=r"settled: got metrics .*, expected a field change"):
+        stop(record([1.0, 2.0]))

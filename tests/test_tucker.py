@@ -444,6 +444,103 @@ GRADIENTS = {
 }
 
 
+def orthonormal(rng, rows, columns):
+    return np.linalg.qr(rng.standard_normal((rows, columns)))[0]
+
+
+projection_error = jax.jit(tucker.projection_error)
+
+
+@pytest.mark.parametrize("kept", [(2, 1, 2), (6, 1, 5), (4, 4, 3)])
+def test_projection_error_is_that_of_the_dense_projection(kept, rng):
+    factors = [orthonormal(rng, size, rank) for size, rank in zip(SHAPE, RANKS, strict=True)]
+    t = tucker.TuckerTensor(rng.standard_normal(RANKS), tuple(factors))
+    others = [orthonormal(rng, size, rank) for size, rank in zip(SHAPE, kept, strict=True)]
+    x = reference.dense(t.core, factors)
+    projected = reference.dense(reference.project(x, others), others)
+    expected = np.linalg.norm(x - projected) / np.linalg.norm(x)
+    np.testing.assert_allclose(projection_error(t, tuple(others)), expected, rtol=1e-13)
+    # Zero columns, as of masked ranks, change nothing on either side.
+    padded = tuple(np.pad(factor, ((0, 0), (0, 1))) for factor in factors)
+    t = tucker.TuckerTensor(np.pad(t.core, (0, 1)), padded)
+    others = tuple(np.pad(factor, ((0, 0), (0, 1))) for factor in others)
+    np.testing.assert_allclose(projection_error(t, others), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_projection_error_of_a_span_that_holds_the_tensor_is_rounding(dtype):
+    """Not its square root, where the core is deficient either, so that its factors stick out."""
+    eps = np.finfo(dtype).eps
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        factors = [orthonormal(rng, size, 3) for size in SHAPE]
+        inner = [orthonormal(rng, 3, 2) for _ in SHAPE]
+        core = reference.dense(rng.standard_normal((2, 2, 2)), inner).astype(dtype)
+        spans = tuple((f @ part).astype(dtype) for f, part in zip(factors, inner, strict=True))
+        t = tucker.TuckerTensor(core, tuple(factor.astype(dtype) for factor in factors))
+        assert projection_error(t, spans) <= 10 * eps
+        turned = tuple((f @ orthonormal(rng, 3, 3)).astype(dtype) for f in factors)
+        assert projection_error(t, turned) <= 10 * eps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_projection_error_resolves_a_millionth(dtype, rng):
+    """A basis turned by an angle out of the span of a rank-one tensor loses the sine."""
+    basis = orthonormal(rng, 6, 2)
+    other = orthonormal(rng, 4, 1).astype(dtype)
+    t = tucker.TuckerTensor(np.full((1, 1), 3.0, dtype), (basis[:, :1].astype(dtype), other))
+    for sine in (1e-2, 1e-4, 1e-6):
+        turned = np.sqrt(1 - sine**2) * basis[:, :1] + sine * basis[:, 1:]
+        found = projection_error(t, (turned.astype(dtype), other))
+        np.testing.assert_allclose(found, sine, rtol=1e-5, atol=5 * np.finfo(dtype).eps)
+
+
+def test_projection_error_of_zero_and_of_nothing_kept(rng):
+    factors = tuple(orthonormal(rng, size, 2) for size in (6, 4))
+    zero = tucker.TuckerTensor(jnp.zeros((2, 2)), factors)
+    assert projection_error(zero, factors) == 0
+    gradient = jax.grad(lambda core: tucker.projection_error(zero._replace(core=core), factors))
+    np.testing.assert_array_equal(gradient(zero.core), 0)
+    t = tucker.TuckerTensor(jnp.ones((2, 2)), factors)
+    nothing = tuple(jnp.zeros_like(factor) for factor in factors)
+    assert projection_error(t, nothing) == pytest.approx(1.0, rel=1e-14)
+    with pytest.raises(ValueError, match=r"projection_error: got 1 factors, expected 2"):
+        tucker.projection_error(t, factors[:1])
+    with pytest.raises(ValueError, match=r"projection_error: got factor 0 of shape .4, 2., expec"):
+        tucker.projection_error(t, factors[::-1])
+
+
+def test_averaged_factors_are_the_orthonormalized_mean(rng):
+    core = rng.standard_normal((3, *RANKS))
+    factors = [
+        rng.standard_normal((3, size, rank)) for size, rank in zip(SHAPE, RANKS, strict=True)
+    ]
+    stacked = tucker.TuckerTensor(jnp.asarray(core), tuple(map(jnp.asarray, factors)))
+    found = jax.jit(tucker.average_factors, static_argnames="ranks")(stacked, ranks=(2, 2, 3))
+    for factor, new, rank in zip(factors, found, (2, 2, 3), strict=True):
+        expected, _ = reference.leading(factor.mean(axis=0), rank)
+        np.testing.assert_allclose(new @ new.T, expected @ expected.T, atol=1e-12)
+        np.testing.assert_allclose(new.T @ new, np.eye(rank), atol=1e-13)
+
+
+def test_averaged_factors_of_clients_with_opposite_signs_lose_the_tensors(rng):
+    """What `joint_factors` does not: one client's singular vectors are free in sign."""
+    factors = [orthonormal(rng, size, 2) for size in (6, 4)]
+    both = [np.stack([f, np.stack([-f[:, 0], f[:, 1]], axis=1)]) for f in factors]
+    core = np.broadcast_to(np.diag([3.0, 2.0]), (2, 2, 2))
+    stacked = tucker.TuckerTensor(jnp.asarray(core), tuple(map(jnp.asarray, both)))
+    first = jax.tree.map(lambda leaf: leaf[0], stacked)
+    joint = tucker.joint_factors(stacked, (2, 2))
+    averaged = tucker.average_factors(stacked, (2, 2))
+    assert projection_error(first, joint) < 1e-14
+    # Only the second singular pair survives the mean.
+    assert projection_error(first, averaged) > 0.5
+    with pytest.raises(ValueError, match=r"average_factors: got ranks .7, 2."):
+        tucker.average_factors(stacked, (7, 2))
+    with pytest.raises(ValueError, match=r"average_factors: got core of shape"):
+        tucker.average_factors(first, (2, 2))
+
+
 @pytest.mark.parametrize("name", ["hosvd", "sthosvd", "lq", HOOI])
 def test_gradient_of_the_reconstruction(name, rng):
     target = rng.standard_normal((4, 3, 5))

@@ -10,7 +10,8 @@ All tensors live in one joint Tucker subspace S_1, ..., S_d with a personal core
              G'_i = G_i x_1 (S_1^T S_i1) ... x_d (S_d^T S_id)
              G_i = the coupling applied to the G'_i
 
-CompJF and CompRandJF differ in one argument: how the leading subspace S_k is found.
+CompJF and CompRandJF differ in one argument: how the leading subspace S_k is found. The ranks r_i
+are equal, given (drawn once), or follow a rule (`federated.ranks`).
 
 Reference: federated low-rank tensor estimation, arXiv 2502.02761, Lemma II.1 and the algorithms
 CompJF and CompRandJF. Its full text was not at hand: clip, prox form, initial values and the
@@ -22,18 +23,68 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import core
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fedlr import _checks, subspace, tucker
+from fedlr import _checks, masking, subspace, tucker
 from fedlr.federated import clients as clients_
 from fedlr.federated import compressors, coupling, execution, local, protocol
+from fedlr.federated import ranks as ranks_
 
-__all__ = ["Basis", "ServerState", "build", "exact", "images", "sketched", "warm_started"]
+__all__ = [
+    "Basis",
+    "ClientState",
+    "Join",
+    "Metrics",
+    "ServerState",
+    "build",
+    "exact",
+    "images",
+    "sketched",
+    "warm_started",
+]
 
 Basis = Callable[[tuple[Array, ...], Int[Array, ""], Key[Array, ""]], subspace.BasisFinder]
 """How a round finds its bases: ``(previous factors, round, key) -> subspace.BasisFinder``."""
+
+
+Join = Callable[..., tuple[Array, ...]]
+"""How joint factors come out of the messages: `tucker.joint_factors` and functions like it."""
+
+
+class ClientState(NamedTuple):
+    """What the clients of CompJF remember.
+
+    Attributes:
+        ranks: Rank of every client in every mode at its last message, int32 (clients, modes).
+        rule: Memory of the rank rule, leaves (clients, ...).
+    """
+
+    ranks: Int[Array, "clients modes"]
+    rule: PyTree
+
+
+class Metrics(NamedTuple):
+    """Record of a round of CompJF, `RoundInfo.metrics`.
+
+    Attributes:
+        residual_norm: ``||A_i X_i - b_i||`` of the tensors that entered, shape (clients,).
+        violation: ``||sum_j c_j X_j - X_N|| / ||X_N||`` of these, the same for every client, shape
+            (clients,).
+        change: ``||X_i+ - X_i|| / ||X_i+||``, how far the round moved the tensors, shape
+            (clients,). It goes to zero where the run settles; a fresh sketch in every round keeps
+            it up.
+        truncation: ``||Z_i - [[G_i; S_i1..S_id]]|| / ||Z_i||``, what the clients' own ranks cost,
+            shape (clients,).
+        joining: The same for what the joint factors leave of the messages, shape (clients,).
+        ranks: Rank of every message in every mode, int32, shape (clients, modes).
+    """
+
+    residual_norm: Float[Array, " clients"]
+    violation: Float[Array, " clients"]
+    change: Float[Array, " clients"]
+    truncation: Float[Array, " clients"]
+    joining: Float[Array, " clients"]
+    ranks: Int[Array, "clients modes"]
 
 
 class ServerState(NamedTuple):
@@ -130,7 +181,8 @@ def build(
     coefficients: Float[Array, " others"],
     *,
     ranks: tuple[int, ...],
-    client_ranks: Int[Array, "clients modes"] | None = None,
+    client_ranks: Int[Array, "clients modes"] | ranks_.RankRule | None = None,
+    join: Join = tucker.joint_factors,
     joint_basis: Basis | None = None,
     client_basis: Basis | None = None,
     server: coupling.Builder = coupling.proximal_coupling,
@@ -148,7 +200,10 @@ def build(
     ranks `ranks`; given `client_ranks` it has no derivative, see `tucker.sthosvd`.
 
     Bytes: a client sends its core and factors at its own ranks, and receives its core and the
-    joint factors at `ranks`.
+    joint factors at `ranks`; under a rule at the largest rank that any client has in this round.
+
+    `ranks` above all client ranks make the joint subspace richer: with ``min(n_k, sum_i r_ik)`` it
+    holds all messages and the server couples them without loss.
 
     Args:
         forward: Forward model ``forward(tensor, inputs) -> prediction``, linear in the tensor,
@@ -156,7 +211,10 @@ def build(
         coefficients: Coupling coefficients c_1 .. c_(N-1), shape (clients - 1,).
         ranks: Ranks r* of the joint subspace, one for every mode. *Static.*
         client_ranks: Rank of every client in every mode, int, at most `ranks`, shape
-            (clients, modes). Default: `ranks` for all. Smaller ones are zero padded.
+            (clients, modes), e.g. from `ranks.draw`; or a rule like `ranks.grow`, whose ranks
+            stop at `ranks`. Default: `ranks` for all. Smaller ones are zero padded.
+        join: How the joint factors come out of the messages, `tucker.joint_factors` or
+            `tucker.average_factors`. *Static.*
         joint_basis: How the server finds the joint factors, default `exact()`. *Static.*
         client_basis: How a client finds its own factors, default `exact()`. *Static.*
         server: Builder ``(coefficients, *, lower) -> ServerUpdate`` of the coupling, applied to
@@ -169,12 +227,14 @@ def build(
         chunk_size: Clients mapped at once, see `execution`. *Static.*
 
     Returns:
-        A `FederatedAlgorithm` whose `RoundInfo.metrics` is a `coupling.CoupledMetrics`; losses are
+        A `FederatedAlgorithm` whose `RoundInfo.metrics` is a `Metrics`; losses are
         1/2 ||A_i X_i - b_i||^2 of the tensors that entered the round.
 
     Raises:
-        ValueError: While tracing, if `ranks` or `client_ranks` do not fit the tensors, if a cohort
-            leaves clients out, or if there are not clients - 1 coefficients.
+        ValueError: If the coupling and the bound leave no non-zero w_N; in `init`, if `forward`
+            is not linear or its adjoint does not match; while tracing, if `ranks` or
+            `client_ranks` do not fit the tensors, if a cohort leaves clients out, or if there are
+            not clients - 1 coefficients.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -197,9 +257,12 @@ def build(
         >>> bool(jnp.allclose(comp_jf.images(state), 1.0, atol=1e-3))
         True
     """
+    coupling.check_satisfiable("comp_jf", coefficients, lower)
     joint_basis = exact() if joint_basis is None else joint_basis
     client_basis = exact() if client_basis is None else client_basis
     couple = server(coefficients, lower=None)
+    rule = client_ranks if isinstance(client_ranks, ranks_.RankRule) else None
+    given = None if isinstance(client_ranks, ranks_.RankRule) else client_ranks
 
     def init(params, clients, *, key):
         params = jnp.asarray(params)
@@ -207,13 +270,19 @@ def build(
         count = clients_.num_clients(clients)
         _checks.check_shape("comp_jf", "params", params, (count, *params.shape[1:]))
         _checks.check_ranks("comp_jf", ranks, params.shape[1:])
-        step = local.initial_step_size(step_size, forward, clients, params[0], key=key)
+        step = local.initial_step_size(
+            step_size, forward, clients, params[0], key=key, function="comp_jf"
+        )
         stacked = jax.vmap(lambda tensor: tucker.sthosvd(tensor, ranks))(params)
         factors = tucker.joint_factors(stacked, ranks, basis=subspace.gram())
         cores = jax.vmap(lambda tensor: tucker.project_core(tensor, factors))(stacked)
+        if rule is None:
+            own = ClientState(ranks_.fixed("comp_jf", given, ranks, count), ())
+        else:
+            own = ClientState(*rule.init(clients, ranks))
         return protocol.FederatedState(
             tucker.TuckerTensor(cores, factors),
-            _client_ranks(client_ranks, ranks, count),
+            own,
             ServerState(step, couple.init(cores)),
             jnp.int32(0),
         )
@@ -226,18 +295,23 @@ def build(
             forward, step_size=step_size, lower=lower, proximal=proximal
         )
 
-        def client(core, effective_ranks, data, key):
+        def client(core, own, data, key):
             tensor = tucker.to_dense(tucker.TuckerTensor(core, factors))
             update, _, metrics = local_update(tensor, (), data, key=key)
+            if rule is not None:
+                wanted, memory = rule.update(own.ranks, metrics.residual_norm, own.rule)
+                own = ClientState(jnp.clip(wanted, 1, jnp.asarray(ranks, jnp.int32)), memory)
+            moved = tensor + update
             truncated = tucker.sthosvd(
-                tensor + update,
+                moved,
                 ranks,
                 basis=client_basis(factors, state.round, key),
-                effective_ranks=None if client_ranks is None else effective_ranks,
+                effective_ranks=None if client_ranks is None else own.ranks,
             )
-            return compressors.TuckerMessage(truncated, effective_ranks), metrics
+            lost = coupling.relative_norm(moved - tucker.to_dense(truncated), moved)
+            return compressors.TuckerMessage(truncated, own.ranks), own, metrics, lost
 
-        messages, metrics = execution.map_clients(
+        messages, own, metrics, lost = execution.map_clients(
             client,
             cores,
             state.clients,
@@ -245,39 +319,53 @@ def build(
             jax.random.split(client_key, cores.shape[0]),
             chunk_size=chunk_size,
         )
-        joint = tucker.joint_factors(
-            messages.tensor, ranks, basis=joint_basis(factors, state.round, joint_key)
-        )
+        joint = join(messages.tensor, ranks, basis=joint_basis(factors, state.round, joint_key))
+        joint_ranks = jnp.asarray(ranks, jnp.int32)
+        if rule is not None:
+            joint_ranks = jnp.max(own.ranks, axis=0)
+            joint = tucker.truncate(tucker.TuckerTensor(cores[0], joint), joint_ranks).factors
         projected = jax.vmap(lambda tensor: tucker.project_core(tensor, joint))(messages.tensor)
         memory = _change_basis(memory, factors, joint)
         coupled, memory = couple.apply(projected, jnp.zeros_like(projected), memory, key=server_key)
-        personal = tucker.TuckerTensor(coupled, joint)
         sent = jax.vmap(compressors.message_bytes)(messages)
-        received = jax.vmap(
-            lambda core: compressors.message_bytes(tucker.TuckerTensor(core, joint))
-        )(coupled)
-        info = coupling.round_info(coefficients, cores, metrics, sent, received)
-        server_state = ServerState(step_size, memory)
-        state = protocol.FederatedState(personal, state.clients, server_state, state.round + 1)
+        answer = compressors.TuckerMessage(tucker.TuckerTensor(coupled[0], joint), joint_ranks)
+        violation = coupling.relative_violation(coefficients, cores)
+        info = protocol.RoundInfo(
+            losses=metrics.loss,
+            weights=jnp.ones_like(metrics.loss),
+            uplink_bytes=sent,
+            downlink_bytes=jnp.broadcast_to(compressors.message_bytes(answer), sent.shape),
+            metrics=Metrics(
+                residual_norm=metrics.residual_norm,
+                violation=jnp.broadcast_to(violation, metrics.loss.shape),
+                change=_change(cores, factors, coupled, joint),
+                truncation=lost,
+                joining=jax.vmap(lambda t: tucker.projection_error(t, joint))(messages.tensor),
+                ranks=own.ranks,
+            ),
+        )
+        state = protocol.FederatedState(
+            tucker.TuckerTensor(coupled, joint),
+            own,
+            ServerState(step_size, memory),
+            state.round + 1,
+        )
         return state, clients_.take(info, cohort)
 
     return protocol.FederatedAlgorithm(init, round_)
 
 
-def _client_ranks(client_ranks, ranks, count):
-    """Give every client its effective ranks, int32 (clients, modes)."""
-    full = jnp.broadcast_to(jnp.asarray(ranks, jnp.int32), (count, len(ranks)))
-    if client_ranks is None:
-        return full
-    effective = jnp.asarray(client_ranks)
-    _checks.check_shape("comp_jf", "client_ranks", effective, full.shape)
-    if not jnp.issubdtype(effective.dtype, jnp.integer):
-        raise _checks.fail("comp_jf", f"client_ranks of dtype {effective.dtype}", "integers")
-    if not isinstance(effective, core.Tracer):
-        concrete = np.asarray(effective)
-        if (concrete < 1).any() or (concrete > np.asarray(ranks)).any():
-            raise _checks.fail("comp_jf", f"client_ranks {concrete.tolist()}", f"1 to {ranks}")
-    return effective.astype(jnp.int32)
+def _change(old_cores, old_factors, cores, factors):
+    """Compute ``||X_i+ - X_i|| / ||X_i+||`` of all clients from cores in two bases."""
+
+    def of_client(old_core, new_core):
+        old = tucker.TuckerTensor(old_core, old_factors)
+        inside = coupling.relative_norm(new_core - tucker.project_core(old, factors), new_core)
+        outside = tucker.projection_error(old, factors)
+        scale = coupling.relative_norm(old_core, new_core)
+        return masking.masked_norm(jnp.stack([inside, outside * scale]), jnp.array(True))
+
+    return jax.vmap(of_client)(old_cores, cores)
 
 
 def _change_basis(memory, old, new):

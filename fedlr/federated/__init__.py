@@ -2,12 +2,14 @@
 
 from fedlr.federated import (
     aggregators,
+    channels,
     clients,
     compressors,
     coupling,
     execution,
     local,
     protocol,
+    ranks,
     rounds,
     servers,
     stopping,
@@ -16,6 +18,7 @@ from fedlr.federated.rounds import compose, run, simulate, with_evaluation
 
 __all__ = [
     "aggregators",
+    "channels",
     "clients",
     "compose",
     "compressors",
@@ -23,6 +26,7 @@ __all__ = [
     "execution",
     "local",
     "protocol",
+    "ranks",
     "rounds",
     "run",
     "servers",

@@ -4,13 +4,16 @@ The images ``w_1, ..., w_N`` are stacked along a leading axis and have to satisf
 
     r(w) = sum_{j<N} c_j w_j - w_N = 0,        c~ = (c_1, ..., c_{N-1}, -1)
 
-Every operation here is linear in the images and acts on each entry alone (without a clip), so it
-can be applied to the cores of a joint orthonormal basis as well.
+Every operation here acts on each entry alone. Without a bound on the entries it is linear in the
+images, so it can be applied to the cores of a joint orthonormal basis as well.
 """
 
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import core, lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from fedlr import _checks, masking
@@ -20,16 +23,22 @@ __all__ = [
     "Builder",
     "CoupledMetrics",
     "augmented_lagrangian",
+    "check_satisfiable",
     "constraint_residual",
     "couple",
     "couple_with_multiplier",
+    "exact_projection",
+    "project_coupled",
     "proximal_coupling",
+    "relative_norm",
+    "relative_violation",
     "round_info",
+    "signed_coefficients",
 ]
 
 
 class Builder(Protocol):
-    """Build the server of a coupling: `proximal_coupling`, `augmented_lagrangian`, or partials."""
+    """Build the server of a coupling, as every builder below does, or a partial of one."""
 
     def __call__(
         self, coefficients: Float[Array, " others"], *, lower: float | None
@@ -45,10 +54,13 @@ class CoupledMetrics(NamedTuple):
         residual_norm: ``||A_i w_i - b_i||`` of the images that entered, shape (clients,).
         violation: ``||r(w)|| / ||w_N||`` of these images, the same number for every client (0 for
             zero images), shape (clients,).
+        change: ``||w_i+ - w_i|| / ||w_i+||``, how far the round moved the images (0 where w_i+ is
+            zero), shape (clients,). It goes to zero where the run settles.
     """
 
     residual_norm: Float[Array, " clients"]
     violation: Float[Array, " clients"]
+    change: Float[Array, " clients"]
 
 
 def constraint_residual(coefficients: Float[Array, " others"], stacked: Array) -> Array:
@@ -73,7 +85,7 @@ def constraint_residual(coefficients: Float[Array, " others"], stacked: Array) -
         >>> coupling.constraint_residual(jnp.array([0.5, 0.5]), images)
         Array([0., 1.], dtype=float32)
     """
-    signed = _signed("constraint_residual", coefficients, stacked)
+    signed = signed_coefficients("constraint_residual", coefficients, stacked)
     return jnp.sum(_column(signed, stacked) * stacked, axis=0)
 
 
@@ -112,7 +124,7 @@ def couple(
         arXiv 2501.05642 couples by a gradient step on the same penalty; the proximal form is
         stable for every penalty.
     """
-    signed = _signed("couple", coefficients, stacked)
+    signed = signed_coefficients("couple", coefficients, stacked)
     gamma = 1.0 / (1.0 / jnp.asarray(penalty, stacked.dtype) + jnp.sum(signed**2))
     residual = constraint_residual(coefficients, stacked)
     return stacked - gamma * _column(signed, stacked) * residual[None]
@@ -158,13 +170,69 @@ def couple_with_multiplier(
     Reference:
         arXiv 2501.05642, FIRM+; the formulas here are derived from the augmented Lagrangian.
     """
-    signed = _signed("couple_with_multiplier", coefficients, stacked)
+    signed = signed_coefficients("couple_with_multiplier", coefficients, stacked)
     _checks.check_shape("couple_with_multiplier", "multiplier", multiplier, stacked.shape[1:])
     penalty = jnp.asarray(penalty, stacked.dtype)
     pull = multiplier + penalty * constraint_residual(coefficients, stacked)
     pull = pull / (1.0 + penalty * jnp.sum(signed**2))
     coupled = _clip(stacked - _column(signed, stacked) * pull[None], lower)
     return coupled, multiplier + penalty * constraint_residual(coefficients, coupled)
+
+
+def project_coupled(
+    coefficients: Float[Array, " others"], stacked: Array, *, lower: float | None = 0.0
+) -> Array:
+    """Project a stack of images onto those that satisfy the coupling and a lower bound.
+
+        argmin_w sum_i ||w_i - z_i||^2   subject to   r(w) = 0,   w_i >= lower
+
+    Entry by entry ``w_i = max(z_i - t c~_i, lower)`` with t the root of ``sum_i c~_i w_i``, which
+    falls with t and is linear between the points ``(z_i - lower) / c~_i`` where a w_i meets the
+    bound. The two of these points that enclose the root are found by trying all of them.
+
+    Args:
+        coefficients: c, shape (N - 1,).
+        stacked: Images z, shape (N, ...).
+        lower: Lower bound of every entry; None for none, the projection of `couple` with an
+            infinite penalty.
+
+    Returns:
+        The projection, shape (N, ...).
+
+    Raises:
+        ValueError: If there are not N - 1 > 0 coefficients, `stacked` is not float32 or float64, or
+            no non-zero w_N satisfies the coupling (`check_satisfiable`).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling
+        >>> coupling.project_coupled(jnp.array([1.0]), jnp.array([[3.0, -3.0], [1.0, 1.0]]))
+        Array([[2., 0.],
+               [2., 0.]], dtype=float32)
+    """
+    if lower is None:
+        return couple(coefficients, stacked, penalty=jnp.inf)
+    check_satisfiable("project_coupled", coefficients, lower)
+    signed = _column(signed_coefficients("project_coupled", coefficients, stacked), stacked)
+    bound = jnp.asarray(lower, stacked.dtype)
+    above, offset = stacked - bound, bound * jnp.sum(signed)
+    acts = signed != 0
+    points = jnp.where(acts, above / jnp.where(acts, signed, 1), 0)
+
+    def enclose(interval, point):
+        low, high = interval
+        value = jnp.sum(signed * jnp.maximum(above - point[None] * signed, 0), axis=0) + offset
+        low = jnp.where(value >= 0, jnp.maximum(low, point), low)
+        return (low, jnp.where(value <= 0, jnp.minimum(high, point), high)), None
+
+    everywhere = jnp.full_like(points[0], jnp.inf)
+    (low, high), _ = lax.scan(enclose, (-everywhere, everywhere), lax.stop_gradient(points))
+    # Between the two points the same entries are free, so the root is that of one linear function.
+    free = acts & jnp.where(signed > 0, points >= high[None], points <= low[None])
+    slope = jnp.sum(jnp.where(free, signed**2, 0), axis=0)
+    value = jnp.sum(jnp.where(free, signed * above, 0), axis=0) + offset
+    root = jnp.where(slope > 0, value / jnp.where(slope > 0, slope, 1), jnp.clip(0, low, high))
+    return bound + jnp.maximum(above - root[None] * signed, 0)
 
 
 def proximal_coupling(
@@ -202,12 +270,58 @@ def proximal_coupling(
     """
 
     def init(params):
-        _signed("proximal_coupling", coefficients, params)
+        signed_coefficients("proximal_coupling", coefficients, params)
         return ()
 
     def apply(params, update, state, *, key):
         del key
         return _clip(couple(coefficients, params + update, penalty=penalty), lower), state
+
+    return protocol.ServerUpdate(init, apply)
+
+
+def exact_projection(
+    coefficients: Float[Array, " others"], *, lower: float | None = 0.0
+) -> protocol.ServerUpdate:
+    """Build the server of FedPGD: move every image, then `project_coupled`.
+
+    With the projected gradient step of the clients but without their clip this is projected
+    gradient descent on the sum of the misfits over all images that satisfy the coupling.
+
+    Args:
+        coefficients: c, shape (N - 1,).
+        lower: Lower bound of every entry; None for none.
+
+    Returns:
+        A server update without state. Its params and update are stacked over the clients, shape
+        (N, ...).
+
+    Raises:
+        ValueError: While tracing, as `project_coupled` does.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling
+        >>> server = coupling.exact_projection(jnp.array([1.0]))
+        >>> images = jnp.zeros((2, 1))
+        >>> update = jnp.array([[3.0], [1.0]])
+        >>> server.apply(images, update, server.init(images), key=jax.random.key(0))[0]
+        Array([[2.],
+               [2.]], dtype=float32)
+
+    Reference:
+        arXiv 2501.05642 names FedPGD as a rival that solves a quadratic program on the server;
+        the closed form here is derived.
+    """
+
+    def init(params):
+        signed_coefficients("exact_projection", coefficients, params)
+        return ()
+
+    def apply(params, update, state, *, key):
+        del key
+        return project_coupled(coefficients, params + update, lower=lower), state
 
     return protocol.ServerUpdate(init, apply)
 
@@ -246,7 +360,7 @@ def augmented_lagrangian(
     """
 
     def init(params):
-        _signed("augmented_lagrangian", coefficients, params)
+        signed_coefficients("augmented_lagrangian", coefficients, params)
         return jnp.zeros_like(params[0])
 
     def apply(params, update, state, *, key):
@@ -258,56 +372,54 @@ def augmented_lagrangian(
     return protocol.ServerUpdate(init, apply)
 
 
-def round_info(
-    coefficients: Float[Array, " others"],
-    stacked: Array,
-    metrics: PyTree,
-    sent: Int[Array, " clients"],
-    received: Int[Array, " clients"],
-) -> protocol.RoundInfo:
-    """Make the record of a round of coupled reconstruction.
+def check_satisfiable(
+    function: str, coefficients: Float[Array, " others"], lower: float | None
+) -> None:
+    """Refuse a coupling that only a zero w_N can satisfy, or nothing at all.
+
+    Where no coefficient is positive, ``w_N = sum_j c_j w_j`` is at most 0 for images of at least 0.
+    Traced coefficients are not checked.
 
     Args:
+        function: Name of the caller, for the message.
         coefficients: c, shape (N - 1,).
-        stacked: The images that entered the round, or their cores in one orthonormal basis, shape
-            (N, ...).
-        metrics: Stacked metrics of the clients with fields `loss` and `residual_norm`, shape (N,)
-            (`local.ReconstructionMetrics`).
-        sent: Bytes every client sent, int32, shape (N,).
-        received: Bytes every client received, int32, shape (N,).
-
-    Returns:
-        A RoundInfo with weights 1 and `CoupledMetrics`.
+        lower: Lower bound of the images; None for none.
 
     Raises:
-        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
+        ValueError: If a coefficient is NaN or infinite, or none is positive and `lower` is not
+            negative.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from fedlr.federated import coupling, local
-        >>> images, two = jnp.array([[3.0], [1.0]]), jnp.full(2, 4, jnp.int32)
-        >>> metrics = local.ReconstructionMetrics(jnp.zeros(2), jnp.zeros(2))
-        >>> coupling.round_info(jnp.ones(1), images, metrics, two, two).metrics.violation
-        Array([2., 2.], dtype=float32)
+        >>> from fedlr.federated import coupling
+        >>> coupling.check_satisfiable("example", jnp.array([0.5, -0.2]), 0.0)
     """
-    # Not jnp.linalg.norm, whose gradient at zero is NaN and would reach all that a run records.
-    everything = jnp.array(True)
-    violation = masking.masked_norm(constraint_residual(coefficients, stacked), everything)
-    scale = masking.masked_norm(stacked[-1], everything)
-    violation = jnp.where(scale > 0, violation / jnp.where(scale > 0, scale, 1.0), 0.0)
-    return protocol.RoundInfo(
-        losses=metrics.loss,
-        weights=jnp.ones_like(metrics.loss),
-        uplink_bytes=sent,
-        downlink_bytes=received,
-        metrics=CoupledMetrics(
-            metrics.residual_norm, jnp.broadcast_to(violation, metrics.loss.shape)
-        ),
-    )
+    if isinstance(coefficients, core.Tracer):
+        return
+    values = np.asarray(coefficients)
+    if not np.isfinite(values).all():
+        raise _checks.fail(function, f"coefficients {values.tolist()}", "finite numbers")
+    if values.size and lower is not None and lower >= 0 and not (values > 0).any():
+        got = f"coefficients {values.tolist()} for images of at least {lower}"
+        raise _checks.fail(function, got, "a positive one: no non-zero w_N satisfies this coupling")
 
 
-def _signed(function, coefficients, stacked):
-    """Return c~ = (c_1, ..., c_{N-1}, -1) in the dtype of the images."""
+def signed_coefficients(
+    function: str, coefficients: Float[Array, " others"], stacked: Array
+) -> Float[Array, " clients"]:
+    """Return c~ = (c_1, ..., c_{N-1}, -1) in the dtype of the images.
+
+    Args:
+        function: Name of the caller, for the message.
+        coefficients: c, shape (N - 1,).
+        stacked: Images or cores, shape (N, ...).
+
+    Returns:
+        c~, shape (N,).
+
+    Raises:
+        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
+    """
     _checks.check_floating(function, stacked=stacked)
     num_clients = jnp.shape(stacked)[0]
     if num_clients < 2:
@@ -318,6 +430,100 @@ def _signed(function, coefficients, stacked):
         expected = f"{num_clients - 1} coefficients for {num_clients} clients"
         raise _checks.fail(function, f"coefficients of shape {shape}", expected)
     return jnp.append(coefficients, jnp.asarray(-1, stacked.dtype))
+
+
+def relative_norm(part: Array, whole: Array) -> Float[Array, ""]:
+    """Compute ``||part|| / ||whole||``, 0 where `whole` is zero, with a finite gradient everywhere.
+
+    Args:
+        part: Array of any shape.
+        whole: Array of any shape.
+
+    Returns:
+        The ratio, shape ().
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling
+        >>> coupling.relative_norm(jnp.ones(4), jnp.full(4, 2.0)), coupling.relative_norm(
+        ...     jnp.ones(4), jnp.zeros(4)
+        ... )
+        (Array(0.5, dtype=float32), Array(0., dtype=float32))
+    """
+    # Not jnp.linalg.norm, whose gradient at zero is NaN and would reach all that a run records.
+    everything = jnp.array(True)
+    scale = masking.masked_norm(whole, everything)
+    norm = masking.masked_norm(part, everything)
+    return jnp.where(scale > 0, norm / jnp.where(scale > 0, scale, 1), 0)
+
+
+def relative_violation(coefficients: Float[Array, " others"], stacked: Array) -> Float[Array, ""]:
+    """Compute ``||r(w)|| / ||w_N||``, 0 where w_N is zero.
+
+    Args:
+        coefficients: c, shape (N - 1,).
+        stacked: Images, or their cores in one orthonormal basis, shape (N, ...).
+
+    Returns:
+        The relative violation, shape (). Its gradient is finite, at zero images too.
+
+    Raises:
+        ValueError: If there are not N - 1 > 0 coefficients, or `stacked` is not float32 or float64.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling
+        >>> coupling.relative_violation(jnp.ones(1), jnp.array([[3.0], [1.0]]))
+        Array(2., dtype=float32)
+    """
+    return relative_norm(constraint_residual(coefficients, stacked), stacked[-1])
+
+
+def round_info(
+    coefficients: Float[Array, " others"],
+    before: Array,
+    after: Array,
+    metrics: PyTree,
+    sent: Int[Array, " clients"],
+    received: Int[Array, " clients"],
+) -> protocol.RoundInfo:
+    """Make the record of a round of coupled reconstruction.
+
+    Args:
+        coefficients: c, shape (N - 1,).
+        before: The images that entered the round, shape (N, ...).
+        after: The images that left it, shape (N, ...).
+        metrics: Stacked metrics of the clients with fields `loss` and `residual_norm`, shape (N,)
+            (`local.ReconstructionMetrics`).
+        sent: Bytes every client sent, int32, shape (N,).
+        received: Bytes every client received, int32, shape (N,).
+
+    Returns:
+        A RoundInfo with weights 1 and `CoupledMetrics`.
+
+    Raises:
+        ValueError: If there are not N - 1 > 0 coefficients, or `before` is not float32 or float64.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling, local
+        >>> images, two = jnp.array([[3.0], [1.0]]), jnp.full(2, 4, jnp.int32)
+        >>> metrics = local.ReconstructionMetrics(jnp.zeros(2), jnp.zeros(2))
+        >>> info = coupling.round_info(jnp.ones(1), images, 2 * images, metrics, two, two)
+        >>> info.metrics.violation, info.metrics.change
+        (Array([2., 2.], dtype=float32), Array([0.5, 0.5], dtype=float32))
+    """
+    violation = relative_violation(coefficients, before)
+    change = jax.vmap(relative_norm)(after - before, after)
+    return protocol.RoundInfo(
+        losses=metrics.loss,
+        weights=jnp.ones_like(metrics.loss),
+        uplink_bytes=sent,
+        downlink_bytes=received,
+        metrics=CoupledMetrics(
+            metrics.residual_norm, jnp.broadcast_to(violation, metrics.loss.shape), change
+        ),
+    )
 
 
 def _column(signed, stacked):

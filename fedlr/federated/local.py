@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fedlr import _checks, _precision, masking
+from fedlr import _checks, _precision, masking, operators
 from fedlr.federated import protocol
 
 __all__ = [
@@ -308,10 +308,14 @@ def initial_step_size(
     image: Array,
     *,
     key: Key[Array, ""],
+    function: str = "initial_step_size",
 ) -> Float[Array, ""]:
-    """Return a given step size as an array, or the largest one that is stable for every client.
+    """Check the forward model and return a given step size, or the largest that is stable for all.
 
         eta = 1 / max_i ||A_i||_2^2
+
+    The model is checked by `operators.check_adjoint` with the inputs of the first client, unless
+    something is traced.
 
     Args:
         step_size: Step size; None takes the formula, with `operator_norm`.
@@ -319,12 +323,14 @@ def initial_step_size(
         clients: Data of all clients, with a leading client axis.
         image: An image of one client; only its shape and dtype are used.
         key: Random key.
+        function: Name that the message of the check begins with.
 
     Returns:
         The step size in the dtype of the image, shape (); 1 where no client has any data.
 
     Raises:
-        ValueError: As `operator_norm`, if that is needed.
+        ValueError: If the forward model is not linear or its adjoint does not match, and as
+            `operator_norm`, if that is needed.
 
     Example:
         >>> import jax
@@ -335,6 +341,8 @@ def initial_step_size(
         >>> local.initial_step_size(None, lambda w, _: 2 * w, data, jnp.zeros(4), key=key)
         Array(0.25, dtype=float32)
     """
+    first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], clients.inputs)
+    operators.check_adjoint(forward, image, first, key=key, function=function)
     if step_size is not None:
         return jnp.asarray(step_size, jnp.result_type(image))
     norm = operator_norm(forward, clients, image, key=key)

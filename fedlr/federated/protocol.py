@@ -26,6 +26,7 @@ __all__ = [
     "ServerUpdate",
     "check_like",
     "losses",
+    "present",
 ]
 
 
@@ -227,3 +228,21 @@ def losses(function: str, metrics: Any, size: int) -> Float[Array, " cohort"]:
         got = f"metrics of type {type(metrics).__name__}"
         raise _checks.fail(function, got, "metrics with a scalar `loss`")
     return loss
+
+
+def present(function: str, clients: ClientData) -> Bool[Array, "clients ..."]:
+    """Expand the mask of all clients to the shape of the targets.
+
+    Args:
+        function: Name of the caller, for the message.
+        clients: Data of all clients; the shape of the mask is a leading part of that of `targets`.
+
+    Returns:
+        The mask, bool, of the shape of the targets.
+
+    Raises:
+        ValueError: If the mask is not bool or does not fit the targets.
+    """
+    mask, shape = clients.mask, clients.targets.shape
+    _checks.check_mask(function, mask, shape[: mask.ndim])
+    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)

@@ -189,8 +189,8 @@ def compose(
             state.params, update, state.server.server, key=server_key
         )
         arrived = jnp.sum(weights) > 0
-        params, server_memory = jax.tree.map(
-            lambda new, old: jnp.where(arrived, new, old),
+        params, server_memory = _choose(
+            arrived,
             (params, ServerMemory(aggregator_state, server_state)),
             (state.params, state.server),
         )
@@ -328,7 +328,8 @@ def simulate(
         key: Random key.
         stop: Function `stop(info)`, or a `stopping.Rule`. Once it is true for the record of a
             round, the run ends with the state that *entered* this round, which is the one the
-            record measures. The memory of a rule starts afresh in every call.
+            record measures, or with the one that the rule called best since. The memory of a rule
+            starts afresh in every call.
         segment_rounds: Rounds per compiled segment, and so between two steps of the bar; None for
             at most 10.
         progress: Show a progress bar.
@@ -370,7 +371,8 @@ def simulate(
     length = min(num_rounds, 10) if segment_rounds is None else segment_rounds
     _checks.check_count("simulate", "segment_rounds", length)
     _check_data(state, clients)
-    memory = () if stop is None else stopping.as_rule(stop).init()
+    # What a rule remembers, and the state to return if it fires.
+    memory = () if stop is None else (stopping.as_rule(stop).init(), state)
     records, done, stopped = (), 0, False
     with tqdm.tqdm(total=num_rounds, unit="round", disable=not progress) as bar:
         try:
@@ -425,14 +427,17 @@ def _segment(algorithm, state, memory, clients, key, limit, *, cohort_size, stop
         new_state, info = one_round(state, clients, key)
         infos = jax.tree.map(lambda leaf, new: leaf.at[count].set(new), infos, info)
         if rule is not None:
-            stopped, memory = rule.update(info, memory)
-            new_state = jax.tree.map(
-                lambda new, old: jnp.where(stopped, old, new), new_state, state
-            )
+            (stopped, best), own = rule.update(info, memory[0])
+            kept = _choose(best, state, memory[1])
+            new_state, memory = _choose(stopped, kept, new_state), (own, kept)
         return new_state, memory, infos, count + 1, stopped
 
     carry = (state, memory, infos, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     return lax.while_loop(unfinished, body, carry)
+
+
+def _choose(condition, tree, other):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
 
 
 def _one_round(algorithm, state, clients, key, cohort_size):

@@ -2,7 +2,8 @@
 
 A stopping rule is a pure function `stop(info) -> bool scalar`, or a `Rule` where it needs to
 remember earlier rounds. The record measures the state that *entered* the round, so that is the
-state to keep when a rule fires. `fedlr.federated.simulate` does so.
+state to keep when a rule fires, or an earlier one if the rule saw a better one before.
+`fedlr.federated.simulate` does so. `corrected` is the rule to begin with in reconstruction.
 
 The rules for inverse problems read the residual norms ``||A_i w_i - b_i||`` of all clients from
 `info.metrics.residual_norm`, which every algorithm of reconstruction records.
@@ -11,26 +12,46 @@ The rules for inverse problems read the residual norms ``||A_i w_i - b_i||`` of 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from fedlr import _checks
 from fedlr.federated import protocol
 
 __all__ = [
+    "Outcome",
     "Rule",
+    "Verdict",
     "any_of",
     "as_rule",
+    "corrected",
     "discrepancy",
     "edge_noise_levels",
     "every_client",
     "noise_thresholds",
     "noisy_maximum_thresholds",
     "num_measurements",
+    "replay",
+    "settled",
     "stagnation",
 ]
 
 Stop = Callable[[protocol.RoundInfo], Bool[Array, ""]]
+
+
+class Verdict(NamedTuple):
+    """What a rule says of a round.
+
+    Attributes:
+        stop: Whether to stop, bool scalar.
+        best: Whether the state that entered the round is the one to return if the rule fires, now
+            or before it says so again, bool scalar.
+    """
+
+    stop: Bool[Array, ""]
+    best: Bool[Array, ""]
 
 
 class Rule(NamedTuple):
@@ -38,11 +59,25 @@ class Rule(NamedTuple):
 
     Attributes:
         init: `() -> memory`, a pytree of arrays.
-        update: `(info, memory) -> (stop, memory)` with a bool scalar.
+        update: `(info, memory) -> (verdict, memory)` with a `Verdict`.
     """
 
     init: Callable[[], Any]
-    update: Callable[[protocol.RoundInfo, Any], tuple[Bool[Array, ""], Any]]
+    update: Callable[[protocol.RoundInfo, Any], tuple[Verdict, Any]]
+
+
+class Outcome(NamedTuple):
+    """What a rule makes of a whole run.
+
+    Attributes:
+        fired: Whether the rule fired, bool scalar.
+        stop: Round in whose record it fired, else the last one, int32 scalar.
+        best: Round whose entering state it returns, else the last one, int32 scalar.
+    """
+
+    fired: Bool[Array, ""]
+    stop: Int[Array, ""]
+    best: Int[Array, ""]
 
 
 def as_rule(stop: Stop | Rule) -> Rule:
@@ -52,11 +87,16 @@ def as_rule(stop: Stop | Rule) -> Rule:
         stop: Function `stop(info)`, or a rule, which is returned as it is.
 
     Returns:
-        A rule.
+        A rule; that of a function returns the state that entered the round in which it fires.
     """
     if isinstance(stop, Rule):
         return stop
-    return Rule(lambda: (), lambda info, memory: (stop(info), memory))
+
+    def update(info, memory):
+        fired = stop(info)
+        return Verdict(fired, fired), memory
+
+    return Rule(lambda: (), update)
 
 
 def any_of(*rules: Stop | Rule) -> Rule:
@@ -66,7 +106,8 @@ def any_of(*rules: Stop | Rule) -> Rule:
         *rules: Functions `stop(info)` and rules.
 
     Returns:
-        A rule whose memory is the tuple of theirs.
+        A rule whose memory is the tuple of theirs. The state to return is that of the last round
+        which any of them called its best.
 
     Raises:
         ValueError: If there is no rule.
@@ -75,7 +116,7 @@ def any_of(*rules: Stop | Rule) -> Rule:
         >>> import jax.numpy as jnp
         >>> from fedlr.federated import stopping
         >>> rule = stopping.any_of(lambda info: info < 1.0, lambda info: info > 5.0)
-        >>> bool(rule.update(jnp.float32(9.0), rule.init())[0])
+        >>> bool(rule.update(jnp.float32(9.0), rule.init())[0].stop)
         True
     """
     if not rules:
@@ -84,10 +125,99 @@ def any_of(*rules: Stop | Rule) -> Rule:
 
     def update(info, memory):
         results = [part.update(info, own) for part, own in zip(parts, memory, strict=True)]
-        stops, memories = zip(*results, strict=True)
-        return jnp.any(jnp.stack(stops)), memories
+        verdicts, memories = zip(*results, strict=True)
+        stops, bests = zip(*verdicts, strict=True)
+        return Verdict(jnp.any(jnp.stack(stops)), jnp.any(jnp.stack(bests))), memories
 
     return Rule(lambda: tuple(part.init() for part in parts), update)
+
+
+def corrected(
+    noise_levels: Float[Array, " clients"],
+    measurements: Float[Array, " clients"],
+    *,
+    factor: float = 1.05,
+    kappa: float = 0.96,
+    tolerance: float = 1e-2,
+    patience: int = 10,
+) -> Rule:
+    """Build the rule to begin with in reconstruction: noise level reached, or progress at an end.
+
+        stop when  ||A_i w_i - b_i|| <= factor sqrt(m_i) s_i  for all i,
+        or when  sum_i ||A_i w_i - b_i||^2 <= kappa^2 sum_i m_i s_i^2,  or at stagnation
+
+    The true deviation s_i of the noise takes the place of the paper's maximum of the noisy data,
+    which stops too early. The first condition stops nearest to the best image; the second one is
+    for methods that leave one client behind while the others already fit their noise (sparse
+    messages). Methods whose images cannot fit the data (low ranks, averages) never reach the noise;
+    for them `stagnation` returns the state of the smallest residual before. In the reference
+    setting at 100 x 100 the state returned is within 0.3 dB of the best one for every method but
+    two: averaged factors, whose PSNR jumps from round to round, and Top-k of states below the size
+    of the support, whose images get worse while their residual falls. With total variation, images
+    go on getting better at the noise level: leave this rule out.
+
+    Args:
+        noise_levels: Standard deviation s_i of the noise, shape (clients,), or an estimate.
+        measurements: Number m_i of measurements, shape (clients,) (`num_measurements`).
+        factor: Safety factor of a single client.
+        kappa: Factor of the pooled residual.
+        tolerance: Relative decrease of the pooled squared residual that counts as progress.
+        patience: Number of rounds without progress, *static*.
+
+    Returns:
+        A rule.
+
+    Raises:
+        ValueError: If the shapes are not equal or a noise level is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import local, protocol, stopping
+        >>> rule = stopping.corrected(jnp.array([0.1]), jnp.array([100.0]))
+        >>> metrics = local.ReconstructionMetrics(jnp.zeros(1), jnp.array([1.04]))
+        >>> info = protocol.RoundInfo(jnp.zeros(1), jnp.ones(1), *[jnp.zeros(1, int)] * 2, metrics)
+        >>> bool(rule.update(info, rule.init())[0].stop)
+        True
+    """
+    return any_of(
+        every_client(noise_thresholds(noise_levels, measurements, factor=factor)),
+        discrepancy(noise_levels, measurements, kappa=kappa),
+        stagnation(tolerance=tolerance, patience=patience),
+    )
+
+
+def replay(stop: Stop | Rule, infos: protocol.RoundInfo) -> Outcome:
+    """Find out where a rule would have stopped a run that is over, to compare rules.
+
+    Args:
+        stop: Function `stop(info)`, or a rule.
+        infos: Records of all rounds, leaves (rounds, ...), as `federated.run` returns them.
+
+    Returns:
+        The outcome, as `federated.simulate` with this rule has it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import stopping
+        >>> outcome = stopping.replay(lambda info: info < 3.0, jnp.array([5.0, 4.0, 2.0, 1.0]))
+        >>> bool(outcome.fired), int(outcome.stop), int(outcome.best)
+        (True, 2, 2)
+    """
+    rule = as_rule(stop)
+    rounds = jnp.arange(len(jax.tree.leaves(infos)[0]), dtype=jnp.int32)
+
+    def step(carry, record):
+        memory, outcome = carry
+        index, info = record
+        (fired, best), memory = rule.update(info, memory)
+        best = jnp.where(best, index, outcome.best)
+        going = ~outcome.fired
+        new = Outcome(going & fired | outcome.fired, index, best)
+        return (memory, jax.tree.map(lambda a, b: jnp.where(going, a, b), new, outcome)), None
+
+    start = Outcome(jnp.array(False), jnp.int32(0), jnp.int32(0))
+    (_, found), _ = lax.scan(step, (rule.init(), start), (rounds, infos))
+    return found._replace(best=jnp.where(found.fired, found.best, found.stop))
 
 
 def discrepancy(
@@ -96,7 +226,7 @@ def discrepancy(
     *,
     kappa: float = 1.0,
 ) -> Stop:
-    """Build the pooled discrepancy principle, the rule to begin with in reconstruction.
+    """Build the pooled discrepancy principle.
 
         stop when  sum_i ||A_i w_i - b_i||^2 <= kappa^2 sum_i m_i s_i^2
 
@@ -113,8 +243,8 @@ def discrepancy(
         A function `stop(info)`.
 
     Raises:
-        ValueError: If the shapes are not equal; while tracing, if the residual norms have another
-            shape.
+        ValueError: If the shapes are not equal or a noise level is negative or NaN; while tracing,
+            if the residual norms have another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,6 +257,7 @@ def discrepancy(
     """
     noise_levels, measurements = jnp.asarray(noise_levels), jnp.asarray(measurements)
     _checks.check_shape("discrepancy", "measurements", measurements, noise_levels.shape)
+    _checks.check_non_negative("discrepancy", "noise_levels", noise_levels)
     limit = kappa**2 * jnp.sum(measurements.astype(noise_levels.dtype) * noise_levels**2)
 
     def stop(info):
@@ -169,19 +300,20 @@ def every_client(thresholds: Float[Array, " clients"]) -> Stop:
     return stop
 
 
-def stagnation(*, tolerance: float = 1e-3, patience: int = 10) -> Rule:
+def stagnation(*, tolerance: float = 1e-2, patience: int = 10) -> Rule:
     """Build the rule that stops when the pooled residual no longer falls.
 
     A round counts as progress if ``sum_i ||A_i w_i - b_i||^2`` is below ``1 - tolerance`` times the
-    value at the last progress. It stops after `patience` rounds without progress. Of use beside a
-    discrepancy rule (`any_of`), because a low-rank iterate may never reach the noise level.
+    value at the last progress. It stops after `patience` rounds without progress and returns the
+    state of the smallest residual so far, so that a run that diverges is undone. Of use beside a
+    discrepancy rule (`corrected`), because a low-rank iterate may never reach the noise level.
 
     Args:
         tolerance: Relative decrease that counts as progress.
         patience: Number of rounds without progress, *static*.
 
     Returns:
-        A rule whose memory is that value and the number of rounds since.
+        A rule whose memory is that value, the smallest one so far and the number of rounds since.
 
     Example:
         >>> import jax.numpy as jnp
@@ -191,21 +323,55 @@ def stagnation(*, tolerance: float = 1e-3, patience: int = 10) -> Rule:
         >>> info = protocol.RoundInfo(jnp.zeros(2), jnp.ones(2), *[jnp.zeros(2, int)] * 2, metrics)
         >>> first, memory = rule.update(info, rule.init())
         >>> second, memory = rule.update(info, memory)
-        >>> bool(first), bool(second)
-        (False, True)
+        >>> [bool(verdict) for verdict in (*first, *second)]
+        [False, True, True, False]
     """
 
     def init():
-        return jnp.array(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
+        start = jnp.array(jnp.inf, jnp.float32)
+        return start, start, jnp.zeros((), jnp.int32)
 
     def update(info, memory):
-        best, waited = memory
+        reference, smallest, waited = memory
         pooled = jnp.sum(_residual_norms("stagnation", info, None) ** 2).astype(jnp.float32)
-        progress = pooled < (1.0 - tolerance) * best
+        progress = pooled < (1.0 - tolerance) * reference
         waited = jnp.where(progress, 0, waited + 1)
-        return waited >= patience, (jnp.where(progress, pooled, best), waited)
+        memory = jnp.where(progress, pooled, reference), jnp.minimum(pooled, smallest), waited
+        return Verdict(waited >= patience, pooled < smallest), memory
 
     return Rule(init, update)
+
+
+def settled(*, tolerance: float = 1e-4) -> Stop:
+    """Build the rule that stops once a round hardly moves any image.
+
+        stop when  ||w_i+ - w_i|| <= tolerance ||w_i+||  for all i
+
+    It looks for a fixed point of the round, not for a good image: with noisy data the fixed point
+    fits the noise. A fresh sketch in every round (CompRandJF) keeps the images moving.
+
+    Args:
+        tolerance: Relative change, from `info.metrics.change`.
+
+    Returns:
+        A function `stop(info)`.
+
+    Raises:
+        ValueError: While tracing, if the record has no changes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import coupling, protocol, stopping
+        >>> metrics = coupling.CoupledMetrics(jnp.ones(2), jnp.ones(2), jnp.array([1e-5, 2e-5]))
+        >>> info = protocol.RoundInfo(jnp.zeros(2), jnp.ones(2), *[jnp.zeros(2, int)] * 2, metrics)
+        >>> bool(stopping.settled()(info))
+        True
+    """
+
+    def stop(info):
+        return jnp.all(_field("settled", info, "change") <= tolerance)
+
+    return stop
 
 
 def num_measurements(clients: protocol.ClientData) -> Float[Array, " clients"]:
@@ -227,7 +393,7 @@ def num_measurements(clients: protocol.ClientData) -> Float[Array, " clients"]:
         >>> stopping.num_measurements(protocol.ClientData((), jnp.zeros((1, 3, 5)), mask))
         Array([10.], dtype=float32)
     """
-    present = _present("num_measurements", clients)
+    present = protocol.present("num_measurements", clients)
     return jnp.sum(present, axis=tuple(range(1, present.ndim)), dtype=clients.targets.dtype)
 
 
@@ -250,7 +416,7 @@ def noise_thresholds(
         The levels, shape (clients,).
 
     Raises:
-        ValueError: If the shapes are not equal.
+        ValueError: If the shapes are not equal or a noise level is negative or NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -260,6 +426,7 @@ def noise_thresholds(
     """
     noise_levels, measurements = jnp.asarray(noise_levels), jnp.asarray(measurements)
     _checks.check_shape("noise_thresholds", "measurements", measurements, noise_levels.shape)
+    _checks.check_non_negative("noise_thresholds", "noise_levels", noise_levels)
     return factor * jnp.sqrt(measurements.astype(noise_levels.dtype)) * noise_levels
 
 
@@ -295,7 +462,8 @@ def noisy_maximum_thresholds(
     Reference:
         arXiv 2502.02761. Whether one client or all have to cross is not readable there.
     """
-    present = _present("noisy_maximum_thresholds", clients)
+    _checks.check_non_negative("noisy_maximum_thresholds", "relative_noise", relative_noise)
+    present = protocol.present("noisy_maximum_thresholds", clients)
     axes = tuple(range(1, present.ndim))
     maxima = jnp.max(jnp.where(present, clients.targets, -jnp.inf), axis=axes)
     maxima = jnp.where(jnp.any(present, axis=axes), maxima, 0.0)
@@ -329,7 +497,7 @@ def edge_noise_levels(
         >>> bool(abs(stopping.edge_noise_levels(data)[0] - 0.1) < 0.01)
         True
     """
-    present = _present("edge_noise_levels", clients)
+    present = protocol.present("edge_noise_levels", clients)
     _checks.check_rank("edge_noise_levels", num_bins, present.shape[-1] // 2, name="num_bins")
 
     def edges_of(x):
@@ -343,18 +511,16 @@ def edge_noise_levels(
     return jnp.where(jnp.any(seen, axis=1), levels, 0.0)
 
 
-def _present(function, clients):
-    """Expand the mask to the shape of the targets."""
-    mask, shape = clients.mask, clients.targets.shape
-    _checks.check_mask(function, mask, shape[: mask.ndim])
-    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+def _field(function, info, name):
+    values = getattr(info.metrics, name, None)
+    if values is None:
+        got = f"metrics of type {type(info.metrics).__name__}"
+        raise _checks.fail(function, got, f"a field {name}")
+    return values
 
 
 def _residual_norms(function, info, shape):
-    residual_norms = getattr(info.metrics, "residual_norm", None)
-    if residual_norms is None:
-        got = f"metrics of type {type(info.metrics).__name__}"
-        raise _checks.fail(function, got, "a field residual_norm")
+    residual_norms = _field(function, info, "residual_norm")
     if shape is not None:
         _checks.check_shape(function, "residual_norm", residual_norms, shape)
     return residual_norms
