@@ -6,6 +6,7 @@ projector than the one that reconstructs.
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -209,8 +210,7 @@ def hyperspectral_cube(num_bands: int, size: int | None = None) -> Array:
         num_bands: Number of bands.
         size: Side of a corner that is cut out; None for all 145 x 145 pixels.
     """
-    from tensorly import datasets  # a peer, not needed by the library
-
+    datasets: Any = importlib.import_module("tensorly.datasets")  # a peer
     scene = np.asarray(datasets.load_indian_pines()["tensor"], np.float32)[:size, :size]
     bands = scene[..., np.linspace(10, scene.shape[-1] - 11, num_bands).round().astype(int)]
     low, high = bands.min(axis=(0, 1)), bands.max(axis=(0, 1))

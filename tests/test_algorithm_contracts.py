@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from fedlr import federated, tucker
+from fedlr import federated
 from fedlr.algorithms import comp_jf, fedavg, firm, local_only, low_rank_descent
 from fedlr.federated import (
     channels,
@@ -204,14 +204,6 @@ CASES = {
         False,
         lambda state: (comp_jf.images(state), state.clients),
         False,
-    ),
-    "comp_jf_averaged": Case(
-        coupled(comp_jf.build, ranks=(2, 2), join=tucker.average_factors),
-        zeros_for_everyone,
-        (4 * (4 + 6 + 4), 4 * (4 + 6 + 4)),
-        False,
-        False,
-        comp_jf.images,
     ),
     "low_rank_descent": Case(
         # Four clients of rank one span all of 3 x 2 pixels.
