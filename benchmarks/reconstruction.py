@@ -268,7 +268,7 @@ def sweep(size: str) -> Rows:
         problem, sizes, rounds = _toy(), (3,), 6
     else:
         problem = problems.closed_form_problem(250, 100, (0.01, 0.02, 0.05, 0.1, 0.2))
-        sizes, rounds = (10, 20, 40, 60, 80, 100, 125, 150), 150
+        sizes, rounds = (10, 20, 40, 60, 100, 150), 100
     families = ("CompJF",) if _is_small(size) else ("CompJF", "CompRandJF")
     names = ["FIRM", *(name for family in families for name in _named(family, *sizes))]
     rows = runs.tabulate("sweep", problem, names, rounds)
