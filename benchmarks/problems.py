@@ -37,7 +37,7 @@ __all__ = [
 REFERENCE_COEFFICIENTS = (0.5, 0.3, 0.2)
 # Weights of the total variation in the reference figures, by noise level.
 TV_WEIGHTS = {0.05: 0.003, 0.1: 0.005}
-# Rec. ITU-R BT.709 luminance.
+# The weights of scikit-image's rgb2gray, which are close to the luminance of ITU-R BT.709.
 LUMINANCE = (0.2125, 0.7154, 0.0721)
 
 

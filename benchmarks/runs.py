@@ -127,30 +127,13 @@ def stopping_rounds(residual_norms: Array, draws: Draw) -> dict[str, Array]:
             "corrected": stopping.corrected(levels, counts),
             "estimated": stopping.corrected(estimated, counts),
         }
-        return {name: _returned(stopping.as_rule(rule), norms) for name, rule in rules.items()}
+        # Of a record the rules read nothing but the residual norms.
+        metrics_ = local.ReconstructionMetrics(norms**2 / 2, norms)
+        nothing = jnp.zeros(norms.shape, jnp.int32)
+        infos = protocol.RoundInfo(metrics_.loss, jnp.ones_like(norms), nothing, nothing, metrics_)
+        return {name: stopping.replay(rule, infos).best for name, rule in rules.items()}
 
     return jax.lax.map(one, (residual_norms, draws))
-
-
-def _returned(rule: stopping.Rule, residual_norms: Array) -> Array:
-    """Replay a rule over the rounds as `federated.simulate` does."""
-    rounds, count = residual_norms.shape
-
-    def step(carry, now):
-        memory, kept, returned = carry
-        index, norms = now
-        metrics_ = local.ReconstructionMetrics(norms**2 / 2, norms)
-        nothing = jnp.zeros(count, jnp.int32)
-        info = protocol.RoundInfo(metrics_.loss, jnp.ones(count), nothing, nothing, metrics_)
-        verdict, memory = rule.update(info, memory)
-        kept = jnp.where(verdict.best, index, kept)
-        first = verdict.stop & (returned < 0)
-        return (memory, kept, jnp.where(first, kept, returned)), None
-
-    start = (rule.init(), jnp.int32(0), jnp.int32(-1))
-    now = (jnp.arange(rounds, dtype=jnp.int32), residual_norms)
-    (_, _, returned), _ = jax.lax.scan(step, start, now)
-    return jnp.where(returned < 0, rounds - 1, returned)
 
 
 def rows(table: str, problem: Problem, records: dict[str, Record]) -> list[dict[str, Any]]:

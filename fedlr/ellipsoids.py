@@ -165,7 +165,7 @@ def coupled_ellipsoids(
 
     Raises:
         ValueError: If `common` is not within 0 and 1, `num_inner` not an integer from 0, or
-            `coefficients` not a floating vector.
+            `coefficients` not a floating vector of at least one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -177,6 +177,7 @@ def coupled_ellipsoids(
     coefficients = jnp.asarray(coefficients)
     _checks.check_floating("coupled_ellipsoids", coefficients=coefficients)
     _checks.check_ndim("coupled_ellipsoids", "coefficients", coefficients, 1)
+    _checks.check_count("coupled_ellipsoids", "number of coefficients", coefficients.shape[0])
     _checks.check_count("coupled_ellipsoids", "num_inner", num_inner, 0)
     _checks.check_fraction("coupled_ellipsoids", "common", common)
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from fedlr import _checks
 
-__all__ = ["from_nan", "masked_mean", "masked_norm", "masked_sum", "stack_ragged"]
+__all__ = ["from_nan", "masked_mean", "masked_norm", "masked_sum", "spread", "stack_ragged"]
 
 
 def from_nan(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
@@ -93,7 +93,7 @@ def masked_mean(
         2.0
     """
     selected = _select("masked_mean", x, mask)
-    count = jnp.sum(_spread(mask, x), axis=axis, dtype=x.dtype)
+    count = jnp.sum(spread(mask, jnp.shape(x)), axis=axis, dtype=x.dtype)
     return jnp.sum(selected, axis=axis) / jnp.maximum(count, 1)
 
 
@@ -124,6 +124,34 @@ def masked_norm(
     squares = jnp.sum(_select("masked_norm", x, mask) ** 2, axis=axis)
     is_zero = squares == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares)))
+
+
+def spread(
+    mask: Bool[Array, "*leading"], shape: tuple[int, ...], *, function: str = "spread"
+) -> Bool[Array, "*shape"]:
+    """Give a mask of the leading axes the whole shape, the same along all axes that follow.
+
+    Args:
+        mask: True = observed; its shape is a leading part of `shape`.
+        shape: Shape of the array it is for; *static*.
+        function: Name that the message of the check begins with; *static*.
+
+    Returns:
+        The mask, bool, of shape `shape`.
+
+    Raises:
+        ValueError: If the mask is not bool or fits no leading part of the shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr import masking
+        >>> masking.spread(jnp.array([True, False]), (2, 3)).tolist()
+        [[True, True, True], [False, False, False]]
+    """
+    ndim = jnp.ndim(mask)
+    _checks.check_mask(function, mask, shape[:ndim])
+    trailing = (1,) * (len(shape) - ndim)
+    return jnp.broadcast_to(jnp.reshape(mask, (*jnp.shape(mask), *trailing)), shape)
 
 
 def stack_ragged(
@@ -174,11 +202,4 @@ def stack_ragged(
 def _select(function: str, x: Array, mask: Array) -> Array:
     """Put zeros for what is not observed, arguments checked."""
     _checks.check_floating(function, x=x)
-    _checks.check_mask(function, mask, jnp.shape(x)[: jnp.ndim(mask)])
-    return jnp.where(_spread(mask, x), x, 0)
-
-
-def _spread(mask: Array, x: Array) -> Array:
-    """Give a mask of the leading axes the shape of `x`."""
-    trailing = (1,) * (jnp.ndim(x) - jnp.ndim(mask))
-    return jnp.broadcast_to(jnp.reshape(mask, (*jnp.shape(mask), *trailing)), jnp.shape(x))
+    return jnp.where(spread(mask, jnp.shape(x), function=function), x, 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fedlr import _checks
+from fedlr import _checks, masking
 
 __all__ = [
     "GaussianNoise",
@@ -208,7 +208,7 @@ def difference_deviation(
     if not shape:
         raise _checks.fail("difference_deviation", "measurements of shape ()", "at least one axis")
     mask = jnp.ones((), bool) if mask is None else jnp.asarray(mask)
-    _checks.check_mask("difference_deviation", mask, shape[: mask.ndim])
+    present = masking.spread(mask, shape, function="difference_deviation")
     num_triples = shape[-1] - 6
     if measurements.size == 0 or num_triples < 1:
         return jnp.full((), jnp.nan, measurements.dtype)
@@ -216,7 +216,6 @@ def difference_deviation(
     def shifts(array):
         return jnp.stack([array[..., k : k + num_triples] for k in range(7)])
 
-    present = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
     values = shifts(jnp.where(present, measurements, 0))
     complete = shifts(present).all(0)
     around = values[jnp.array([0, 1, 5, 6])]

@@ -383,7 +383,7 @@ def coupled_phantoms(
 
     Raises:
         ValueError: If `common` is not within 0 and 1, `num_inner` not an integer from 0, or
-            `coefficients` not a floating vector.
+            `coefficients` not a floating vector of at least one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -395,6 +395,7 @@ def coupled_phantoms(
     coefficients = jnp.asarray(coefficients)
     _checks.check_floating("coupled_phantoms", coefficients=coefficients)
     _checks.check_ndim("coupled_phantoms", "coefficients", coefficients, 1)
+    _checks.check_count("coupled_phantoms", "number of coefficients", coefficients.shape[0])
     _checks.check_count("coupled_phantoms", "num_inner", num_inner, 0)
     _checks.check_fraction("coupled_phantoms", "common", common)
 

@@ -285,7 +285,7 @@ def relative_error(x: Float[Array, "..."], t: TuckerTensor) -> Float[Array, ""]:
     _check_tucker("relative_error", t, x.shape, t.ranks, x.dtype)
     residual, energy = _energies(x, t)
     ratio = residual / jnp.where(energy > 0, energy, 1)
-    ratio = jnp.where(energy == 0, jnp.where(residual > 0, jnp.inf, 0), ratio)
+    ratio = jnp.where(energy == 0, jnp.where(residual > 0, jnp.inf, residual), ratio)
     # The root of an exact zero has no derivative; zero is taken.
     return jnp.where(ratio == 0, 0, jnp.sqrt(jnp.where(ratio == 0, 1, ratio)))
 
@@ -541,7 +541,7 @@ def projection_error(
         factors: N matrices V_k (I_k, s_k) with orthonormal or zero columns, of the same dtype.
 
     Returns:
-        The relative error, shape (); 0 for the zero tensor.
+        The relative error, shape (); 0 for the zero tensor, NaN if anything holds NaN.
 
     Raises:
         ValueError: If there are not N factors or one has not I_k rows.
@@ -562,8 +562,9 @@ def projection_error(
         lost += jnp.sum((outside @ multilinear.unfold(core, mode)) ** 2)
         core = multilinear.mode_dot(core, change, mode)
     total = _energy(t.core)
-    found = (lost > 0) & (total > 0)
-    return jnp.where(found, jnp.sqrt(jnp.where(found, lost, 1) / jnp.where(found, total, 1)), 0)
+    nothing = lost == 0
+    ratio = jnp.where(nothing, 1, lost) / jnp.where(total == 0, 1, total)
+    return jnp.where(nothing, 0, jnp.sqrt(ratio))
 
 
 def mode_order(shape: tuple[int, ...]) -> tuple[int, ...]:

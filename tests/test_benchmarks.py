@@ -169,6 +169,21 @@ def test_a_row_is_dominated_by_a_cheaper_and_better_one():
     assert [reconstruction.undominated(row, rows) for row in rows] == [True, False, True, False]
 
 
+def test_margins_compare_runs_of_one_length():
+    from benchmarks import reconstruction
+
+    def row(method, seed, best_round, best_psnr):
+        row = {"method": method, "sigma": 0.1, "seed": seed}
+        return row | {"best_round": best_round, "best_psnr": best_psnr}
+
+    rows = [row("FIRM", seed, 5, 20.0 + seed) for seed in (1, 2, 3)]
+    rows += [row("FIRM + TV", 1, 249, 29.0), row("FIRM + TV", 2, 119, 24.0)]
+    rows += [row("FIRM + TV", 3, 118, 24.5)]
+    firm, patient = reconstruction.margins(rows, 120)
+    assert (firm["num_seeds"], firm["mean_margin_db"], firm["spread_db"]) == (3, 0.0, 0.0)
+    assert (patient["num_seeds"], patient["mean_margin_db"], patient["spread_db"]) == (2, 1.75, 0.5)
+
+
 def test_a_replayed_stopping_rule_returns_what_simulate_returns():
     import jax
     import jax.numpy as jnp

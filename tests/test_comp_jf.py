@@ -321,6 +321,22 @@ def test_record_measures_what_truncation_and_joining_lose(clients):
     np.testing.assert_allclose(found.violation, np.full(3, gap), rtol=1e-9)
 
 
+def test_change_of_images_that_vanish_or_diverge_is_not_that_of_rest(rng):
+    """A unit step on the misfit of an identity brings every image to its data at once."""
+    start = jnp.asarray(np.abs(rng.normal(size=(3, *SHAPE))))
+    algorithm = comp_jf.build(
+        lambda image, inputs: image * inputs, jnp.asarray(COEFFICIENTS), ranks=SHAPE, step_size=1.0
+    )
+    mask = jnp.ones(start.shape, bool)
+    for target, changes in ((0.0, [jnp.inf, 0.0]), (jnp.nan, [jnp.nan, jnp.nan])):
+        clients = protocol.ClientData(jnp.ones_like(start), jnp.full_like(start, target), mask)
+        state = algorithm.init(start, clients, key=jax.random.key(0))
+        _, infos = federated.run(algorithm, state, clients, num_rounds=2, key=jax.random.key(1))
+        np.testing.assert_array_equal(infos.metrics.change, np.repeat([changes], 3, axis=0).T)
+        assert (np.isnan(infos.metrics.joining) == np.isnan(target)).all()
+        assert (np.isnan(infos.metrics.truncation) == np.isnan(target)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_change_of_a_run_that_settles_goes_to_rounding(dtype):
     """To eps, not to its root, though the joint factors turn where the images are deficient."""

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from scipy import optimize
 
-from fedlr.federated import coupling, local
+from fedlr.federated import coupling, local, stopping
 from tests.reference import reconstruction
 from tests.reference import rounds as reference
 
@@ -179,8 +179,40 @@ def test_relative_norm_is_a_ratio_of_norms_that_ignores_a_common_scale(rng):
     np.testing.assert_allclose(coupling.relative_norm(part, whole), expected, rtol=1e-14)
     scaled = coupling.relative_norm(1e9 * part, 1e9 * whole)
     np.testing.assert_allclose(scaled, expected, rtol=1e-14)
-    assert coupling.relative_norm(part, jnp.zeros(2)) == 0
-    assert jnp.isfinite(jax.grad(coupling.relative_norm, 1)(part, jnp.zeros(2))).all()
+
+
+def test_relative_norm_to_zero_is_infinite_unless_both_are_zero(rng):
+    part, zero = jnp.asarray(rng.normal(size=(4, 5))), jnp.zeros(2)
+    for whole, expected in ((zero, jnp.inf), (jnp.ones(2), jnp.linalg.norm(part) / np.sqrt(2))):
+        np.testing.assert_allclose(coupling.relative_norm(part, whole), expected, rtol=1e-14)
+    assert coupling.relative_norm(zero, zero) == 0
+    for argument in (0, 1):
+        gradient = jax.grad(coupling.relative_norm, argument)(part, zero)
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"), [(np.nan, 1.0), (1.0, np.nan), (np.nan, 0.0), (0.0, np.nan)]
+)
+def test_relative_norm_hides_no_nan(part, whole):
+    assert jnp.isnan(coupling.relative_norm(jnp.array([part, 0.0]), jnp.array([whole, 0.0])))
+
+
+def test_images_that_diverge_or_vanish_do_not_look_settled(images, metrics):
+    zero = jnp.zeros_like(images)
+    settled = stopping.settled(tolerance=1.5)
+    for before, after, change in (
+        (images, zero, jnp.inf),
+        (zero, images, 1.0),
+        (images, images * jnp.nan, jnp.nan),
+        (images * jnp.nan, images, jnp.nan),
+    ):
+        info = record(before, after, metrics)
+        np.testing.assert_allclose(info.metrics.change, np.full(3, change))
+        assert bool(settled(info)) == (change == 1)
+    gone = record(images.at[-1].set(0), images, metrics)
+    np.testing.assert_array_equal(gone.metrics.violation, np.inf)
+    assert jnp.isnan(record(images * jnp.nan, images, metrics).metrics.violation).all()
 
 
 def test_violation_is_the_same_in_a_joint_basis_and_zero_for_coupled_images(images, rng):

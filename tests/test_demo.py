@@ -46,6 +46,10 @@ def test_demo_writes_its_table_picture_and_figures(tmp_path):
     for row in rows:
         assert len(row["psnr"]) == 12
         assert row["best_psnr"] == max(row["psnr"])
+        if row["method"] == "FIRM + TV":
+            assert (row["stop_round"], row["stopped_by_rule"]) == (11, False)
+            assert row["stop_psnr"] == row["psnr"][-1]
+    assert "of FIRM + TV, which runs on, the last round" in done.stdout
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 

@@ -193,6 +193,10 @@ def test_dtype_is_that_asked_for(dtype):
             "coupled_ellipsoids: got common 1.5, expected a fraction from 0 to 1",
         ),
         (
+            lambda: ellipsoids.coupled_ellipsoids(jnp.ones(0), key=jax.random.key(0)),
+            r"coupled_ellipsoids: got number of coefficients 0, expected an integer from 1",
+        ),
+        (
             lambda: ellipsoids.coupled_ellipsoids(jnp.ones((2, 1)), key=jax.random.key(0)),
             r"coupled_ellipsoids: got coefficients of shape \(2, 1\), expected 1 axes",
         ),

@@ -211,6 +211,21 @@ def test_exact_low_rank_data_of_coupled_images_are_recovered(seed):
     np.testing.assert_array_equal(infos.downlink_bytes[0, 0], [8 * 20] * 3)
 
 
+def test_records_of_a_run_that_diverges_say_so():
+    many = len(PROBLEMS)
+    clients = make_clients(0)
+    clients = clients._replace(targets=clients.targets.at[-1, 0].set(jnp.nan))
+    _, infos = run(
+        stack([clients] * many),
+        jnp.asarray(np.stack([UNIFORM[:, :2]] * many)),
+        jnp.ones(many),
+        jnp.zeros(many),
+        num_modes=2,
+    )
+    assert jnp.isnan(infos.metrics.change[0, 1:]).all()
+    assert jnp.isnan(infos.metrics.violation[0, 1:]).all()
+
+
 def first(tree):
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
@@ -328,6 +343,8 @@ def test_bad_input_is_refused(key):
         ({"client_ranks": jnp.ones((2, 2), int)}, r"got client_ranks of shape \(2, 2\)"),
         ({"penalty": -1.0}, "got penalty -1.0, expected a non-negative number"),
         ({"penalty": np.nan}, "got penalty nan"),
+        ({"penalty": np.inf}, "got penalty inf, expected a finite number"),
+        ({"penalty": jnp.ones(2)}, r"got penalty of shape \(2,\), expected 0 axes"),
         ({"coefficients": [0.5, np.nan]}, "got coefficients .*, expected finite numbers"),
         ({"coefficients": np.ones(3)}, "got coefficients .*, expected 2 coefficients for 3 cli"),
         ({"start": start[:2]}, r"got params of shape \(2, 4, 5\)"),

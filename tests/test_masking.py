@@ -94,6 +94,17 @@ def test_a_mask_of_leading_axes_holds_for_all_that_follow(data, function):
     np.testing.assert_array_equal(function(filled, mask, 1), function(filled, full, 1))
 
 
+@pytest.mark.parametrize("num_axes", range(4))
+def test_spreading_repeats_a_mask_along_the_axes_that_follow(rng, num_axes):
+    shape = (3, 4, 5)
+    mask = rng.random(shape[:num_axes]) < 0.6
+    found = jax.jit(masking.spread, static_argnums=1)(mask, shape)
+    assert found.dtype == bool
+    assert found.shape == shape
+    for index in np.ndindex(shape):
+        assert found[index] == mask[index[:num_axes]]
+
+
 @pytest.mark.parametrize("function", SUMS)
 def test_batch_is_the_loop(data, function):
     x, mask = data
@@ -131,6 +142,14 @@ BAD_CALLS = [
     (
         lambda: masking.masked_norm(X.astype(jnp.float16), jnp.ones((3, 4), bool)),
         "masked_norm: got x of dtype float16, expected float32 or float64",
+    ),
+    (
+        lambda: masking.spread(jnp.ones((3, 5), bool), (3, 4)),
+        r"^spread: got mask of shape \(3, 5\), expected shape \(3, 4\)",
+    ),
+    (
+        lambda: masking.spread(jnp.ones(3), (3, 4), function="caller"),
+        r"^caller: got mask of dtype float64, expected bool \(True = observed\)",
     ),
     (lambda: masking.stack_ragged([]), "stack_ragged: got no arrays, expected one for every"),
     (

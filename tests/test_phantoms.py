@@ -243,6 +243,10 @@ HEAD = phantoms.modified_shepp_logan(dtype=jnp.float64)
             "couple: got common -0.5, expected a fraction from 0 to 1",
         ),
         (
+            lambda: phantoms.coupled_phantoms(jnp.ones(0), key=jax.random.key(0)),
+            r"coupled_phantoms: got number of coefficients 0, expected an integer from 1",
+        ),
+        (
             lambda: phantoms.coupled_phantoms(jnp.ones(2), common=1.5, key=jax.random.key(0)),
             "coupled_phantoms: got common 1.5, expected a fraction from 0 to 1",
         ),

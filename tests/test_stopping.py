@@ -91,6 +91,15 @@ def test_stagnation_waits_for_rounds_without_progress():
     assert play(rule, history) == [False, False, False, False, False, True, False]
 
 
+@pytest.mark.parametrize("patience", [0, -1, 2.5, True])
+def test_patience_is_a_positive_integer(patience):
+    message = f"got patience {patience}, expected an integer from 1"
+    with pytest.raises(ValueError, match=f"^stagnation: {message}"):
+        stopping.stagnation(patience=patience)
+    with pytest.raises(ValueError, match=f"^corrected: {message}"):
+        stopping.corrected(jnp.ones(1), jnp.ones(1), patience=patience)
+
+
 def test_any_rule_of_several_stops():
     rule = stopping.any_of(stopping.every_client(jnp.array([1.0])), stopping.stagnation(patience=1))
     assert play(rule, [[4.0], [3.0], [0.5]]) == [False, False, True]
@@ -115,9 +124,9 @@ def test_records_that_do_not_fit_are_refused():
         stop(record([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"discrepancy: got metrics of type tuple"):
         stopping.discrepancy(jnp.ones(2), jnp.ones(2))(record([1.0, 2.0])._replace(metrics=()))
-    for build in (stopping.discrepancy, stopping.noise_thresholds):
-        with pytest.raises(ValueError, match=r"got measurements of shape \(3,\)"):
-            build(jnp.ones(2), jnp.ones(3))
+    for name in ("discrepancy", "noise_thresholds", "corrected"):
+        with pytest.raises(ValueError, match=rf"^{name}: got measurements of shape \(3,\)"):
+            getattr(stopping, name)(jnp.ones(2), jnp.ones(3))
     with pytest.raises(ValueError, match=r"num_measurements: got mask of shape \(2, 4\)"):
         stopping.num_measurements(
             protocol.ClientData((), jnp.zeros((2, 3)), jnp.ones((2, 4), bool))
@@ -140,13 +149,11 @@ def test_replaying_a_rule_tells_where_it_stops_and_what_it_returns(norms, expect
 
 
 @pytest.mark.parametrize("bad", [-0.2, np.nan])
-@pytest.mark.parametrize(
-    "build", [stopping.discrepancy, stopping.noise_thresholds, stopping.corrected]
-)
-def test_noise_levels_below_zero_are_refused(build, bad):
-    message = r"got noise_levels .*, expected a non-negative number"
+@pytest.mark.parametrize("name", ["discrepancy", "noise_thresholds", "corrected"])
+def test_noise_levels_below_zero_are_refused(name, bad):
+    message = rf"^{name}: got noise_levels .*, expected a non-negative number"
     with pytest.raises(ValueError, match=message):
-        build(jnp.array([0.1, bad]), jnp.ones(2))
+        getattr(stopping, name)(jnp.array([0.1, bad]), jnp.ones(2))
     data = protocol.ClientData((), jnp.ones((1, 3)), jnp.ones((1, 3), bool))
     with pytest.raises(
         ValueError, match=r"noisy_maximum_thresholds: got relative_noise (-0.2|nan)"
@@ -167,8 +174,6 @@ def test_corrected_rule_stops_at_stagnation_above_the_noise():
     rule = stopping.corrected(jnp.array([0.1]), jnp.array([100.0]), tolerance=0.1, patience=3)
     history = [[4.0], [3.0], [2.99], [2.98], [2.97], [2.96]]
     assert play(rule, history) == [False, False, False, False, True, True]
-    with pytest.raises(ValueError, match=r"noise_thresholds: got measurements of shape \(3,\)"):
-        stopping.corrected(jnp.ones(2), jnp.ones(3))
 
 
 def verdicts(rule, history):

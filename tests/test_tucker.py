@@ -263,6 +263,7 @@ def test_relative_error_of_zero(rng):
     assert error_of(np.zeros(SHAPE), zero) == 0
     assert error_of(np.ones(SHAPE), zero) == 1
     assert error_of(np.zeros(SHAPE), compiled("sthosvd", RANKS)(np.ones(SHAPE))) == np.inf
+    assert np.isnan(error_of(np.zeros(SHAPE), zero._replace(core=zero.core + np.nan)))
 
 
 def test_float32_error_agrees_with_the_residual_in_float64(rng):
@@ -504,6 +505,9 @@ def test_projection_error_of_zero_and_of_nothing_kept(rng):
     t = tucker.TuckerTensor(jnp.ones((2, 2)), factors)
     nothing = tuple(jnp.zeros_like(factor) for factor in factors)
     assert projection_error(t, nothing) == pytest.approx(1.0, rel=1e-14)
+    for lost in (t._replace(core=t.core * jnp.nan), t._replace(core=t.core.at[0, 0].set(jnp.nan))):
+        assert jnp.isnan(projection_error(lost, factors))
+    assert jnp.isnan(projection_error(t, (factors[0] * jnp.nan, factors[1])))
     with pytest.raises(ValueError, match=r"projection_error: got 1 factors, expected 2"):
         tucker.projection_error(t, factors[:1])
     with pytest.raises(ValueError, match=r"projection_error: got factor 0 of shape .4, 2., expec"):

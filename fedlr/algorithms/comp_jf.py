@@ -360,10 +360,10 @@ def _change(old_cores, old_factors, cores, factors):
 
     def of_client(old_core, new_core):
         old = tucker.TuckerTensor(old_core, old_factors)
-        inside = coupling.relative_norm(new_core - tucker.project_core(old, factors), new_core)
-        outside = tucker.projection_error(old, factors)
-        scale = coupling.relative_norm(old_core, new_core)
-        return masking.masked_norm(jnp.stack([inside, outside * scale]), jnp.array(True))
+        everything = jnp.array(True)
+        inside = masking.masked_norm(new_core - tucker.project_core(old, factors), everything)
+        outside = tucker.projection_error(old, factors) * masking.masked_norm(old_core, everything)
+        return coupling.relative_norm(jnp.stack([inside, outside]), new_core)
 
     return jax.vmap(of_client)(old_cores, cores)
 

@@ -99,8 +99,8 @@ def build(
             ``channels.states()``. *Static.*
         step_size: Gradient step eta, traced. Default: 1 / max_i ||A_i||_2^2, estimated in `init`
             by 40 power iterations. It is kept in the server's state.
-        lower: Lower bound of the images, on the clients and after the coupling. None leaves them
-            free. *Static.*
+        lower: Lower bound of the images, on the clients and after the coupling. A downlink with
+            loss may send images below it. None leaves them free. *Static.*
         clip_clients: Whether the clients clip at `lower` too. *Static.*
         proximal: Proximal map ``image -> image`` after the client's clip, as a partial of
             `proximal.total_variation`. *Static.*

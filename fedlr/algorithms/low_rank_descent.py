@@ -64,8 +64,8 @@ class Metrics(NamedTuple):
     Attributes:
         residual_norm: ``||A_i X_i - b_i||`` of the tensors that entered, shape (clients,).
         violation: ``||R|| / ||X_N||`` of these, the same for every client, shape (clients,).
-        change: ``||X_i+ - X_i|| / ||X_i+||`` (0 where X_i+ is zero), shape (clients,). It goes to
-            zero.
+        change: ``||X_i+ - X_i|| / ||X_i+||``, shape (clients,). It goes to zero. Where the
+            denominator is zero both are as in `coupling.relative_norm`.
         objective: F of the tensors that entered, the same for every client, shape (clients,).
     """
 
@@ -126,10 +126,10 @@ def build(
         1/2 ||A_i X_i - b_i||^2 of the tensors that entered the round.
 
     Raises:
-        ValueError: If a coefficient or the penalty is not finite, or the penalty negative; in
-            `init`, if `forward` is not linear or its adjoint does not match; while tracing, if
-            `ranks` or `client_ranks` do not fit the tensors, if a cohort leaves clients out, or if
-            there are not clients - 1 coefficients.
+        ValueError: If a coefficient or the penalty is not finite, or the penalty negative or no
+            scalar; in `init`, if `forward` is not linear or its adjoint does not match; while
+            tracing, if `ranks` or `client_ranks` do not fit the tensors, if a cohort leaves clients
+            out, or if there are not clients - 1 coefficients.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -152,6 +152,7 @@ def build(
         True
     """
     coupling.check_satisfiable("low_rank_descent", coefficients, None)
+    _checks.check_ndim("low_rank_descent", "penalty", jnp.asarray(penalty), 0)
     _checks.check_non_negative("low_rank_descent", "penalty", penalty)
     if not isinstance(penalty, core.Tracer) and not np.isfinite(penalty):
         raise _checks.fail("low_rank_descent", f"penalty {penalty}", "a finite number")
@@ -205,7 +206,7 @@ def build(
         received = compressors.message_bytes(new_residual)
         gap = _norm(pull)
         objective = jnp.sum(metrics.loss) + weight / 2 * gap**2
-        violation = jnp.where(norms[-1] > 0, gap / jnp.where(norms[-1] > 0, norms[-1], 1), 0)
+        violation = coupling.relative_norm(gap, norms[-1])
         info = protocol.RoundInfo(
             losses=metrics.loss,
             weights=jnp.ones_like(metrics.loss),

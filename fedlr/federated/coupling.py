@@ -52,10 +52,11 @@ class CoupledMetrics(NamedTuple):
 
     Attributes:
         residual_norm: ``||A_i w_i - b_i||`` of the images that entered, shape (clients,).
-        violation: ``||r(w)|| / ||w_N||`` of these images, the same number for every client (0 for
-            zero images), shape (clients,).
-        change: ``||w_i+ - w_i|| / ||w_i+||``, how far the round moved the images (0 where w_i+ is
-            zero), shape (clients,). It goes to zero where the run settles.
+        violation: ``||r(w)|| / ||w_N||`` of these images as by `relative_norm`, the same number for
+            every client, shape (clients,): 0 for zero images.
+        change: ``||w_i+ - w_i|| / ||w_i+||`` as by `relative_norm`, how far the round moved the
+            images, shape (clients,). It goes to zero where the run settles; it is infinite where
+            the round brought an image to zero, and 1 where it started from zero.
     """
 
     residual_norm: Float[Array, " clients"]
@@ -433,32 +434,37 @@ def signed_coefficients(
 
 
 def relative_norm(part: Array, whole: Array) -> Float[Array, ""]:
-    """Compute ``||part|| / ||whole||``, 0 where `whole` is zero, with a finite gradient everywhere.
+    """Compute ``||part|| / ||whole||`` with a finite gradient everywhere.
 
     Args:
         part: Array of any shape.
         whole: Array of any shape.
 
     Returns:
-        The ratio, shape ().
+        The ratio, shape (). Where `whole` is zero it is 0 if `part` is zero too, else infinite,
+        with a zero gradient. It is NaN if either array holds NaN.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from fedlr.federated import coupling
-        >>> coupling.relative_norm(jnp.ones(4), jnp.full(4, 2.0)), coupling.relative_norm(
-        ...     jnp.ones(4), jnp.zeros(4)
-        ... )
-        (Array(0.5, dtype=float32), Array(0., dtype=float32))
+        >>> one, zero = jnp.ones(4), jnp.zeros(4)
+        >>> [float(coupling.relative_norm(one, whole)) for whole in (2 * one, zero)]
+        [0.5, inf]
+        >>> float(coupling.relative_norm(zero, zero))
+        0.0
     """
     # Not jnp.linalg.norm, whose gradient at zero is NaN and would reach all that a run records.
     everything = jnp.array(True)
     scale = masking.masked_norm(whole, everything)
     norm = masking.masked_norm(part, everything)
-    return jnp.where(scale > 0, norm / jnp.where(scale > 0, scale, 1), 0)
+    is_zero = scale == 0
+    return jnp.where(
+        is_zero, jnp.where(norm > 0, jnp.inf, norm), norm / jnp.where(is_zero, 1, scale)
+    )
 
 
 def relative_violation(coefficients: Float[Array, " others"], stacked: Array) -> Float[Array, ""]:
-    """Compute ``||r(w)|| / ||w_N||``, 0 where w_N is zero.
+    """Compute ``||r(w)|| / ||w_N||`` as by `relative_norm`: 0 for zero images.
 
     Args:
         coefficients: c, shape (N - 1,).

@@ -352,10 +352,9 @@ def initial_step_size(
 
 def _residual(function, prediction, data):
     """Return A w - b on the present entries and zero elsewhere."""
-    targets, mask = data.targets, data.mask
+    targets = data.targets
     _checks.check_shape(function, "prediction", prediction, targets.shape)
     if prediction.dtype != targets.dtype:
         raise _checks.fail(function, f"prediction of dtype {prediction.dtype}", f"{targets.dtype}")
-    _checks.check_mask(function, mask, targets.shape[: mask.ndim])
-    mask = mask.reshape(mask.shape + (1,) * (targets.ndim - mask.ndim))
-    return jnp.where(mask, prediction - targets, 0.0)
+    present = masking.spread(data.mask, targets.shape, function=function)
+    return jnp.where(present, prediction - targets, 0.0)

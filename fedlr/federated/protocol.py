@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedlr import _checks
+from fedlr import _checks, masking
 
 __all__ = [
     "Aggregator",
@@ -243,6 +243,4 @@ def present(function: str, clients: ClientData) -> Bool[Array, "clients ..."]:
     Raises:
         ValueError: If the mask is not bool or does not fit the targets.
     """
-    mask, shape = clients.mask, clients.targets.shape
-    _checks.check_mask(function, mask, shape[: mask.ndim])
-    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+    return masking.spread(clients.mask, clients.targets.shape, function=function)

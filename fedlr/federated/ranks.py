@@ -141,7 +141,7 @@ def grow(
         start: First rank in every mode, *static*.
         step: Growth, *static*.
         every: Rounds between two decisions, *static*.
-        tolerance: Relative fall of the residual that counts as progress.
+        tolerance: Relative fall of the residual that counts as progress, from 0 to 1, *static*.
         kappa: Safety factor of the level.
 
     Returns:

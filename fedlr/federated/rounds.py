@@ -12,7 +12,7 @@ import tqdm
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from fedlr import _checks
+from fedlr import _checks, masking
 from fedlr.federated import clients as clients_
 from fedlr.federated import compressors, execution, protocol, stopping
 
@@ -467,7 +467,7 @@ def _check_data(state: protocol.FederatedState, clients: PyTree) -> None:
                 continue
             bad = ~jnp.isfinite(leaf)
             if tree is clients and mask is not None and leaf.shape[: mask.ndim] == mask.shape:
-                bad &= mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+                bad &= masking.spread(mask, leaf.shape, function="simulate")
             count = int(jnp.sum(bad))
             if count:
                 got = f"{name}{jax.tree_util.keystr(path)} with {count} NaN or Inf entries"
