@@ -2,9 +2,12 @@
 
 from fedlr import (
     algorithms,
+    cp,
+    datasets,
     ellipsoids,
     federated,
     iteration,
+    linked,
     masking,
     multilinear,
     noise,
@@ -20,9 +23,12 @@ from fedlr import (
 
 __all__ = [
     "algorithms",
+    "cp",
+    "datasets",
     "ellipsoids",
     "federated",
     "iteration",
+    "linked",
     "masking",
     "multilinear",
     "noise",

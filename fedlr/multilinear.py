@@ -18,10 +18,9 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from fedlr import _checks, _precision
+from fedlr import _checks, _partials, _precision
 
 __all__ = ["fold", "gram", "khatri_rao", "mode_dot", "mttkrp", "multi_mode_dot", "unfold"]
 
@@ -207,7 +206,7 @@ def khatri_rao(*factors: Float[Array, "rows rank"]) -> Float[Array, "product ran
     if not factors:
         raise _checks.fail("khatri_rao", "no factors", "one or more matrices")
     _check_factors("khatri_rao", dict(enumerate(factors)))
-    return _khatri_rao(factors)
+    return _partials.khatri_rao(factors)
 
 
 @_precision.highest
@@ -256,20 +255,8 @@ def mttkrp(
         return jnp.broadcast_to(x[:, None], (x.shape[0], factors[0].shape[1]))
 
     start, stop = _side(x.shape, mode)
-    side = _khatri_rao(factors[start:stop])
-    length, rank = side.shape
-    kept = x.shape[stop:] if start == 0 else x.shape[:start]
-    if start == 0:
-        # The rank axis stays in front: half the time of the transposed product on a CPU.
-        partial = (side.T @ x.reshape(length, math.prod(kept))).reshape(rank, *kept)
-        rest = range(stop, ndim)
-        for other in reversed([m for m in rest if m != mode]):
-            partial = _weighted_sum(partial, factors[other].T, 0, other - stop + 1)
-        return partial.T
-    partial = (x.reshape(math.prod(kept), length) @ side).reshape(*kept, rank)
-    for other in reversed([m for m in range(start) if m != mode]):
-        partial = _weighted_sum(partial, factors[other], partial.ndim - 1, other)
-    return partial
+    kept = range(stop, ndim) if start == 0 else range(start)
+    return _partials.finish(_partials.contract(x, factors, start, stop), factors, kept, mode)
 
 
 @_precision.highest
@@ -349,21 +336,6 @@ def _side(shape: tuple[int, ...], mode: int) -> tuple[int, int]:
         return rows + total // max(rows, 1)
 
     return min(runs, key=memory)
-
-
-def _weighted_sum(partial: Array, factor: Array, rank_axis: int, axis: int) -> Array:
-    """Sum `partial` over `axis` with the weights of `factor`, sharing the rank axis."""
-    weights = lax.broadcast_in_dim(factor, partial.shape, sorted((rank_axis, axis)))
-    return jnp.sum(partial * weights, axis=axis)
-
-
-def _khatri_rao(factors: Sequence[Array]) -> Array:
-    """Multiply column by column, arguments checked."""
-    product = factors[0]
-    for factor in factors[1:]:
-        rows = product.shape[0] * factor.shape[0]
-        product = (product[:, None, :] * factor[None, :, :]).reshape(rows, factor.shape[1])
-    return product
 
 
 def _check_matrix(function: str, name: str, matrix: Array, x: Array, mode: int, axis: int) -> None:

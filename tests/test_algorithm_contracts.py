@@ -18,8 +18,15 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from fedlr import federated
-from fedlr.algorithms import comp_jf, fedavg, firm, local_only, low_rank_descent
+from fedlr import federated, linked
+from fedlr.algorithms import (
+    comp_jf,
+    fedavg,
+    firm,
+    local_only,
+    low_rank_descent,
+    vertical_multifac,
+)
 from fedlr.federated import (
     channels,
     clients,
@@ -84,6 +91,33 @@ def both_ways(channel):
 
 def sgd(**options):
     return local.local_sgd(squared_error, optax.sgd(0.1), **options)
+
+
+def linked_start(dtype):
+    """The same start for everyone, of rank two."""
+    samples, (rows, columns) = DATA_SHAPES["samples"], DATA_SHAPES["features"]
+    sizes = [samples, *[rows, columns] * NUM_CLIENTS]
+    shared, *own = [jnp.cos(jnp.arange(2 * size, dtype=dtype).reshape(size, 2)) for size in sizes]
+    return linked.LinkedCP(shared, tuple(zip(own[::2], own[1::2], strict=True)))
+
+
+def vertical(chunk):
+    """Build linked factorization; the tensor of a client is its inputs times its targets."""
+    algorithm = vertical_multifac.build(penalty=1.0, chunk_size=chunk)
+
+    def stack(data):
+        tensors = data.inputs * data.targets[:, :, None, None]
+        observed = jnp.broadcast_to(data.mask[:, :, None, None], tensors.shape)
+        sizes = np.tile(np.array(DATA_SHAPES["features"], np.int32), (NUM_CLIENTS, 1))
+        return vertical_multifac.LinkedClients(tensors, jnp.asarray(sizes), observed)
+
+    def init(params, clients, *, key):
+        return algorithm.init(params, stack(clients), key=key)
+
+    def round(state, clients, cohort, *, key):
+        return algorithm.round(state, stack(clients), cohort, key=key)
+
+    return protocol.FederatedAlgorithm(init, round)
 
 
 CASES = {
@@ -213,6 +247,14 @@ CASES = {
         False,
         False,
         low_rank_descent.images,
+        False,
+    ),
+    "vertical_multifac": Case(
+        # The first round: five samples, rank two, and the two tables in bits.
+        vertical,
+        linked_start,
+        (4 * (5 * 2 + 3) + 1 + 1, 4 * 5 * 2 + 1 + 3),
+        False,
         False,
     ),
 }
@@ -381,7 +423,7 @@ def test_gradient_of_everything_a_run_records_is_finite(setting):
 
     derivative = jax.jit(jax.grad(total, argnums=(0, 1)))
     at_start, gradient = derivative(setting.params, setting.data.targets)
-    assert jnp.isfinite(at_start).all()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(at_start))
     assert jnp.isfinite(gradient).all()
     assert (gradient[setting.data.mask] != 0).all()
     np.testing.assert_array_equal(gradient[~setting.data.mask], 0)

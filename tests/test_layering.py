@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from strictly lower floors. A new module is given its floor here.
 FLOORS = {
     "_checks": 0,
+    "_partials": 0,
     "_precision": 0,
+    "_alternating": 1,
     "_fourier": 1,
     "_joseph": 1,
     "_transpose": 1,
@@ -26,6 +28,18 @@ FLOORS = {
     "tomography": 2,
     "ellipsoids": 3,
     "tucker": 3,
+    "cp.tensor": 3,
+    "cp.fitting": 4,
+    "cp.diagnostics": 4,
+    "cp.validation": 5,
+    "cp.uncertainty": 5,
+    "datasets": 4,
+    "linked.model": 4,
+    "linked.coupled": 5,
+    "linked.fitting": 5,
+    "linked.theory": 5,
+    "linked.selection": 6,
+    "linked.variational": 6,
     "synthetic": 4,
     "federated.protocol": 5,
     "federated.aggregators": 6,
@@ -44,9 +58,10 @@ FLOORS = {
     "algorithms.firm": 8,
     "algorithms.local_only": 8,
     "algorithms.low_rank_descent": 8,
+    "algorithms.vertical_multifac": 8,
     "__main__": 9,
 }
-PACKAGES = {"", "federated", "algorithms"}
+PACKAGES = {"", "algorithms", "cp", "federated", "linked"}
 
 
 def read_package(folder):

@@ -202,6 +202,18 @@ def test_bad_sets_are_refused():
         synthetic.scan_phantoms(GEOMETRY, ellipses, weights[:2], ANGLES, sigma=0.1, key=key)
     with pytest.raises(ValueError, match=r"scan_phantoms: got sigma nan, expected a non-negative"):
         synthetic.scan_phantoms(GEOMETRY, ellipses, weights, ANGLES, sigma=jnp.nan, key=key)
+    for dtype in (jnp.float32, int):
+        message = (
+            rf"scan_phantoms: got coefficients of dtype {jnp.dtype(dtype)}, expected .*float64"
+        )
+        with pytest.raises(ValueError, match=message):
+            synthetic.scan_phantoms(
+                GEOMETRY, ellipses, weights.astype(dtype), ANGLES, sigma=0.1, key=key
+            )
+    with pytest.raises(ValueError, match=r"scan_phantoms: got angles of dtype float32, expected"):
+        synthetic.scan_phantoms(
+            GEOMETRY, ellipses, weights, ANGLES.astype(jnp.float32), sigma=0.1, key=key
+        )
     one = jax.tree.map(lambda field: field[0], ellipses)
     with pytest.raises(ValueError, match=r"scan_phantoms: got amplitude of shape \(30,\)"):
         synthetic.scan_phantoms(GEOMETRY, one, weights, ANGLES, sigma=0.1, key=key)
@@ -219,6 +231,10 @@ def test_bad_sets_are_refused():
             r"got coefficients of shape \(2, 2\), expected 1 axes",
         ),
         ({"coefficients": jnp.ones(2, jnp.float32)}, "got coefficients of dtype float32, expected"),
+        (
+            {"coefficients": jnp.ones(0)},
+            r"got number of coefficients 0, expected an integer from 1",
+        ),
         ({"coefficients": jnp.ones(2)}, r"got angles of shape \(4, 7\), expected shape \(3, 7\)"),
     ],
 )
@@ -239,3 +255,182 @@ def test_bad_volumes_are_refused(changes, message):
 def test_bad_channels_are_refused(image, weights, message):
     with pytest.raises(ValueError, match=f"^coupled_channels: {message}"):
         synthetic.coupled_channels(image, weights)
+
+
+LINKED_SHAPES, LINKED_RANKS = ((10, 6, 4), (10, 5), (10, 3, 2, 2)), (1, 0, 2)
+
+
+def drawn(snr, key, *, dtype=jnp.float64):
+    return synthetic.linked_tensors(
+        LINKED_SHAPES,
+        shared_rank=2,
+        individual_ranks=LINKED_RANKS,
+        snr=snr,
+        key=key,
+        dtype=dtype,
+    )
+
+
+draw_linked = jax.jit(drawn, static_argnames="dtype")
+
+
+def ratio(noisy, clean):
+    return float(jnp.var(clean) / jnp.var(noisy - clean))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_linked_tensors_have_the_signal_to_noise_ratio(seed):
+    data = draw_linked(3.0, jax.random.key(seed))
+    assert tuple(x.shape for x in data.tensors) == LINKED_SHAPES
+    for x, signal in zip(data.tensors, data.signals, strict=True):
+        np.testing.assert_allclose(ratio(x, signal), 3.0, rtol=1e-12)
+    data = draw_linked(jnp.inf, jax.random.key(seed))
+    for x, signal in zip(data.tensors, data.signals, strict=True):
+        np.testing.assert_array_equal(x, signal)
+
+
+def test_signals_of_linked_tensors_are_those_of_the_model():
+    data = draw_linked(1.0, jax.random.key(0))
+    first, own = data.truth
+    assert first.shape == (10, 2 + sum(LINKED_RANKS))
+    columns = [np.array([0, 1]), np.array([2]), np.array([], int), np.array([3, 4])]
+    for k, factors in enumerate(own):
+        modes = "bcd"[: len(factors)]
+        formula = f"ar,{','.join(mode + 'r' for mode in modes)}->a{modes}"
+
+        def part(chosen, factors=factors, formula=formula):
+            return np.einsum(formula, first[:, chosen], *(factor[:, chosen] for factor in factors))
+
+        for found, chosen in (
+            (data.shared[k], columns[0]),
+            (data.individual[k], columns[1 + k]),
+            (data.signals[k], np.arange(5)),
+        ):
+            np.testing.assert_allclose(found, part(chosen), rtol=0, atol=1e-12)
+        others = np.setdiff1d(np.arange(5), [*columns[0], *columns[1 + k]])
+        for factor in factors:
+            np.testing.assert_array_equal(factor[:, others], 0)
+
+
+def test_factors_of_linked_tensors_are_standard_normal_draws():
+    """Mean and variance of all numbers, within four standard deviations of theirs."""
+    truths = [draw_linked(1.0, jax.random.key(seed)).truth for seed in range(30)]
+    first, own = jax.tree.map(lambda *leaves: np.stack(leaves), *truths)
+    for draws in (first, own[0][1][..., :3], own[2][0][..., [0, 1, 3, 4]]):
+        assert abs(draws.mean()) < 4 / np.sqrt(draws.size)
+        assert abs(draws.var() - 1) < 4 * np.sqrt(2 / draws.size)
+
+
+def test_the_key_decides_linked_tensors():
+    data, again = (draw_linked(1.0, jax.random.key(0)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, data, again)
+    other = draw_linked(1.0, jax.random.key(1))
+    for a, b in zip(jax.tree.leaves(data), jax.tree.leaves(other), strict=True):
+        assert (a != b).any() or not (a.any() or b.any())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_tensors_have_the_dtype_that_is_asked_for(dtype):
+    data = jax.eval_shape(lambda key: drawn(1.0, key, dtype=dtype), jax.random.key(0))
+    one = jax.eval_shape(
+        lambda key: synthetic.cp_tensor((4, 3), 2, snr=1.0, key=key, dtype=dtype),
+        jax.random.key(0),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves((data, one))} == {jnp.dtype(dtype)}
+
+
+def test_a_cp_tensor_is_its_model_with_the_noise_asked_for():
+    draw = jax.jit(
+        lambda snr, key: synthetic.cp_tensor((6, 5, 4), 2, snr=snr, key=key, dtype=jnp.float64)
+    )
+    for seed in range(3):
+        data = draw(0.5, jax.random.key(seed))
+        expected = np.einsum("r,ar,br,cr->abc", data.truth.weights, *data.truth.factors)
+        np.testing.assert_allclose(data.signal, expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(ratio(data.tensor, data.signal), 0.5, rtol=1e-12)
+    np.testing.assert_array_equal(data.tensor, draw(0.5, jax.random.key(2)).tensor)
+    assert (data.tensor != draw(0.5, jax.random.key(1)).tensor).all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "samples", "entries", "num_samples", "worth"),
+    [
+        (((21, 6, 5), (21, 7)), 0.05, 0.05, 2, 2),
+        (((10, 4), (10, 2, 3), (10, 5)), 0.5, 0.3, 5, 3),
+        # 0.07 * 100 is 7 and a little more.
+        (((100, 3), (100, 4)), 0.07, 0.0, 7, 0),
+        (((9, 4, 3),), 0.0, 0.1, 0, 1),
+    ],
+)
+def test_masks_hide_what_they_are_asked_to(shapes, samples, entries, num_samples, worth):
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return synthetic.missing_masks(
+            shapes, sample_fraction=samples, entry_fraction=entries, key=key
+        )
+
+    keys = jax.random.split(jax.random.key(0), 20)
+    masks = [np.asarray(mask) for mask in draw(keys)]
+    gone = []
+    for mask, shape in zip(masks, shapes, strict=True):
+        assert mask.dtype == bool
+        assert mask.shape[1:] == shape
+        cells = int(np.prod(shape[1:]))
+        gone.append(~mask.reshape(20, shape[0], cells).any(axis=2))
+        np.testing.assert_array_equal(gone[-1].sum(axis=1), num_samples)
+        np.testing.assert_array_equal(
+            (~mask).reshape(20, -1).sum(axis=1), (num_samples + worth) * cells
+        )
+    assert not np.logical_and.reduce(gone).any()
+    # Every key draws its own; where a half is hidden, every sample is at times.
+    assert len({row.tobytes() for row in masks[0]}) > 10
+    if 2 * num_samples == shapes[0][0]:
+        assert all(rows.any(axis=0).all() for rows in gone)
+    for ours, theirs in zip(masks, draw(keys), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shapes": ()}, r"got shapes \(\), expected one or more"),
+        ({"shapes": ((4, 3), (4,))}, r"got shape \(4,\), expected two modes"),
+        ({"shapes": ((4, 3), (4, 0))}, r"got shape \(4, 0\), expected two modes"),
+        ({"shapes": ((4, 3), (4, 2.5))}, "got size 2.5, expected an integer from 1"),
+        ({"shapes": ((4, 3), (5, 3))}, r"got shape \(5, 3\), expected 4 samples in mode 0"),
+        ({"individual_ranks": (1,)}, r"got individual_ranks \(1,\), expected 2, one for every"),
+        ({"shared_rank": 0}, "got individual rank 0, expected an integer from 1"),
+        ({"shared_rank": -1}, "got shared_rank -1, expected an integer from 0"),
+        ({"snr": 0.0}, "got snr 0.0, expected a positive number"),
+        ({"snr": jnp.ones(2)}, r"got snr of shape \(2,\), expected 0 axes"),
+        ({"dtype": int}, "got dtype .*, expected float32 or float64"),
+    ],
+)
+def test_bad_linked_designs_are_refused(changes, message):
+    options = {
+        "shapes": ((4, 3), (4, 2, 2)),
+        "shared_rank": 1,
+        "individual_ranks": (0, 1),
+        "snr": 1.0,
+        "key": jax.random.key(0),
+    } | changes
+    with pytest.raises(ValueError, match=f"^linked_tensors: {message}"):
+        synthetic.linked_tensors(options.pop("shapes"), **options)
+
+
+def test_bad_masks_and_cp_tensors_are_refused():
+    key, shapes = jax.random.key(0), ((4, 3), (4, 2))
+    for options, message in (
+        ({"sample_fraction": 1.5}, "got sample_fraction 1.5, expected a fraction"),
+        ({"entry_fraction": -0.5}, "got entry_fraction -0.5, expected a fraction"),
+        ({"sample_fraction": 0.6}, "got 3 of 4 samples to hide in each of 2 tensors"),
+        ({"entry_fraction": 0.5}, r"got 4 entries to hide beside 1 samples of shape \(4, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^missing_masks: {message}"):
+            synthetic.missing_masks(shapes, key=key, **options)
+    with pytest.raises(ValueError, match="got 1 of 4 samples to hide in each of 1 tensors"):
+        synthetic.missing_masks(shapes[:1], key=key)
+    for shape, rank, message in (((4,), 1, r"got shape \(4,\)"), ((4, 3), 0, "got rank 0")):
+        with pytest.raises(ValueError, match=f"^cp_tensor: {message}"):
+            synthetic.cp_tensor(shape, rank, snr=1.0, key=key)
