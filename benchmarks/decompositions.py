@@ -1,11 +1,14 @@
-"""Tucker decompositions beside pyttb and TensorLy, on one core, by CPU time at equal error.
+"""Tucker and CP decompositions beside their peers, on one core, by CPU time at equal error.
 
-Three experiments, each measured in one interleaved run:
+Experiments, each measured in one interleaved run:
 
 * `tucker`: rank 20 of a 200^3 tensor with a decaying core and 5 % white noise, both dtypes. The
   floor is the time that the multiplications of the plain algorithm take at the speed of a square
   matrix product measured in the same run; a blocked Gram matrix needs fewer.
 * `batch`: 64 tensors of 32^3 at rank 5 against a loop over the peers.
+* `cp`: 50 sweeps of rank 10 from one start, plain and compressed; many small tensors; and hidden
+  entries, until those are as well predicted as they can be. Beside TensorLy and pyttb, and
+  tensortools where it is installed.
 * `round`: the low-rank part of a federated round, images 250 x 250 of rank 40 from four clients:
   truncation of all clients and the joint factors, for three basis finders.
 
@@ -23,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import cp_costs, timing
 from fedlr import sketching, subspace, tucker
 
 CORES = 1
@@ -46,6 +49,12 @@ SIZES = {
     "small": Sizes(24, 4, 4, 12, 3, 32, 6, 128, 2),
     "full": Sizes(200, 20, 64, 32, 5, 250, 40, 1024, 7),
 }
+CP_SIZES = {
+    "small": cp_costs.CPSizes(((14, 13, 12),), 3, 5, 4, 8, 2, 5, 14, 2, 8, 2),
+    "full": cp_costs.CPSizes(
+        ((200, 200, 200), (100, 100, 100, 10)), 10, 50, 64, 32, 5, 20, 100, 10, 50, 3
+    ),
+}
 SWEEPS = 5
 CLIENTS = 4
 OVERSAMPLING = 10
@@ -61,6 +70,9 @@ def run(size: str) -> list[dict[str, Any]]:
             rows += pair_rows(sizes, dtype)
             rows += tucker_rows(sizes, dtype, slow_peers=size == "full")
             rows += batch_rows(sizes, dtype)
+            rows += cp_costs.fit_rows(CP_SIZES[size], dtype)
+            rows += cp_costs.batch_rows(CP_SIZES[size], dtype)
+            rows += cp_costs.masked_rows(CP_SIZES[size], dtype)
     with jax.enable_x64(False):
         rows += round_rows(sizes)
     return rows

@@ -3,7 +3,7 @@
 Every client holds a noisy, undersampled scan of its own image (51 views of 128 x 128 pixels); the
 images are tied by w_4 = 0.5 w_1 + 0.3 w_2 + 0.2 w_3. The scans are closed-form line integrals, so
 the data do not come from the projector that reconstructs. Printed is a table of every method at
-two noise levels; written are `demo.png` and `demo.json`.
+two noise levels; written are `demo.png` and `demo.json`. A few lines on linked tensors follow.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from demo import linked
 from fedlr import federated, proximal, synthetic, tomography
 from fedlr.algorithms import comp_jf, fedavg, firm, local_only
 from fedlr.federated import channels, compressors, local, protocol, ranks, stopping
@@ -276,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     draw(rows, truth, SIGMAS[-1], options.out / "demo.png")
     lines = [{key: value for key, value in row.items() if key != "images_at_stop"} for row in rows]
     (options.out / "demo.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    linked.show()
     print(f"\nwritten: {options.out / 'demo.png'}, {options.out / 'demo.json'}")
     return 0
 

@@ -34,6 +34,7 @@ def test_demo_writes_its_table_picture_and_figures(tmp_path):
     methods += ["CompJF 6", "CompJF, growing"]
     for method in methods:
         assert method in done.stdout
+    assert "missing samples" in done.stdout
     rows = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     assert [(row["sigma"], row["method"]) for row in rows] == [
         (sigma, method) for sigma in (0.05, 0.1) for method in methods

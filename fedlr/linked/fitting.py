@@ -349,8 +349,9 @@ def predict_rows(
         >>> import jax.numpy as jnp
         >>> from fedlr import linked
         >>> fit = linked.LinkedCP(jnp.ones((2, 1)), ((jnp.ones((3, 1)),),))
-        >>> linked.predict_rows(fit, (jnp.full((1, 3), 5.0),), penalty=0.0).tolist()
-        [[5.0]]
+        >>> row = linked.predict_rows(fit, (jnp.full((1, 3), 5.0),), penalty=0.0)
+        >>> round(float(row[0, 0]), 5)
+        5.0
     """
     tensors = model.check_tensors("predict_rows", tensors)
     samples = tensors[0].shape[0]

@@ -214,10 +214,10 @@ def draw_folds(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from fedlr import linked
-        >>> masks = (jnp.ones((4, 3), bool), jnp.ones((4, 2, 2), bool))
-        >>> hidden = linked.draw_folds(masks, 2, key=jax.random.key(0))
-        >>> [(h.shape, int(h.sum())) for h in hidden]
-        [((2, 4, 3), 24), ((2, 4, 2, 2), 32)]
+        >>> masks = (jnp.ones((6, 3), bool), jnp.ones((6, 2, 2), bool))
+        >>> hidden = linked.draw_folds(masks, 3, key=jax.random.key(0))
+        >>> [h.sum(axis=tuple(range(1, h.ndim))).tolist() for h in hidden]
+        [[12, 12, 12], [16, 16, 16]]
 
     Reference: the published implementation of Kang, Rao and Lock 2025, for two tensors.
     """
@@ -338,10 +338,11 @@ def _one_standard_error(scores: np.ndarray) -> int:
 
 def _with_pattern(fit: model.LinkedCP, active: Array) -> model.LinkedCP:
     """Make the columns of a tensor's own factors zero where a component is not active."""
-    own = [
-        tuple(factor * active[k].astype(factor.dtype) for factor in factors)
-        for k, factors in enumerate(fit.factors)
-    ]
+
+    def keep(factor: Array, columns: Array) -> Array:
+        return jnp.where(jnp.expand_dims(columns, tuple(range(factor.ndim - 1))), factor, 0)
+
+    own = [tuple(keep(a, active[k]) for a in factors) for k, factors in enumerate(fit.factors)]
     return fit._replace(factors=tuple(own))
 
 
