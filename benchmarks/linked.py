@@ -322,7 +322,7 @@ def _hidden_rse(signals, estimates, masks) -> float:
 
 def sweeps(size: str) -> Rows:
     """Time a sweep of many fits at a time beside one of the published recipe in NumPy."""
-    rank, count, lanes = (3, 5, (2,)) if _is_small(size) else (20, 100, (1, 10, 50))
+    rank, count, lanes = (3, 5, (2,)) if _is_small(size) else (20, 100, (1, 10, 25))
     rows = []
     with jax.enable_x64(True):
         data = synthetic.linked_tensors(

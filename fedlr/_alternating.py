@@ -207,10 +207,13 @@ def solve(
 
 
 def solve_right(lower: Array, rhs: Array) -> Array:
-    """Solve ``A L L^T = M`` for A, by the inverse of L: half the time of two substitutions."""
-    identity = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return (rhs @ jnp.swapaxes(inverse, -1, -2)) @ inverse
+    """Solve ``A L L^T = M`` for A, by two substitutions.
+
+    The inverse of L and two products would take half the time, but with jax 0.10.1 on two cores
+    loops over batches of 40 systems of 20 unknowns then never returned; see `linked.multifac`.
+    """
+    half = lax.linalg.triangular_solve(lower, rhs, lower=True, transpose_a=True)
+    return lax.linalg.triangular_solve(lower, half, lower=True)
 
 
 def gram_product(factors: Sequence[Array]) -> Array:
