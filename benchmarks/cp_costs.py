@@ -62,7 +62,7 @@ def fit_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
             )[0],
         }
         compile_seconds = {name: timing.compile_time(f, x, init) for name, f in methods.items()}
-        ours = {name: bind(jax.jit(f), x, init) for name, f in methods.items()}
+        ours = {name: timing.bind(jax.jit(f), x, init) for name, f in methods.items()}
         peers = fit_peers(data, start, sizes.sweeps)
         times = timing.measure({**ours, **peers}, repeats=sizes.repeats)
         errors = {name: relative_error(data, f()) for name, f in {**ours, **peers}.items()}
@@ -72,9 +72,9 @@ def fit_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
                 "experiment": f"cp {' x '.join(map(str, shape))} rank {sizes.rank}",
                 "dtype": np.dtype(dtype).name,
                 "method": name,
-                **timings(times[name]),
+                **timing.columns(times[name]),
                 "error": errors[name],
-                "over best peer": over(times, name, best) if name in ours else None,
+                "over best peer": timing.ratio(times, errors, name, best) if name in ours else None,
                 "best peer": best,
                 "compile_s": compile_seconds.get(name),
             }
@@ -102,7 +102,7 @@ def batch_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
         "als, lax.map": lambda x, init: jax.lax.map(lambda pair: one(*pair), (x, init)),
     }
     compile_seconds = {name: timing.compile_time(f, x, init) for name, f in methods.items()}
-    ours = {name: bind(jax.jit(f), x, init) for name, f in methods.items()}
+    ours = {name: timing.bind(jax.jit(f), x, init) for name, f in methods.items()}
     loops = [
         fit_peers(tensor, start, sizes.batch_sweeps)
         for tensor, start in zip(data, starts, strict=True)
@@ -124,9 +124,9 @@ def batch_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
             "experiment": f"cp batch {sizes.batch} x {sizes.batch_size}^3 rank {rank}",
             "dtype": np.dtype(dtype).name,
             "method": name,
-            **timings(times[name]),
+            **timing.columns(times[name]),
             "error": errors[name],
-            "over best peer": over(times, name, best) if name in ours else None,
+            "over best peer": timing.ratio(times, errors, name, best) if name in ours else None,
             "best peer": best,
             "compile_s": compile_seconds.get(name),
         }
@@ -167,15 +167,16 @@ def masked_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
             name: (lambda f=f, count=needed[name]: f(count)) for name, f in candidates.items()
         }
         times = timing.measure(functions, repeats=sizes.repeats)
+        errors = {name: held_out(f()) for name, f in functions.items()}
         rows += [
             {
                 "experiment": f"cp masked {sizes.masked_size}^3 rank {rank}, {hidden:.0%} hidden",
                 "dtype": np.dtype(dtype).name,
                 "method": name,
-                **timings(times[name]),
-                "error": held_out(functions[name]()),
+                **timing.columns(times[name]),
+                "error": errors[name],
                 "sweeps": needed[name],
-                "over tensorly": over(times, name, "tensorly EM"),
+                "over tensorly": timing.ratio(times, errors, name, "tensorly EM"),
             }
             for name in functions
         ]
@@ -323,20 +324,3 @@ def relative_error(data: np.ndarray, model: Any) -> float:
     for row, block in zip(first, data, strict=True):
         squares += float(np.sum((block - dense([row * others[0], *others[1:]])) ** 2))
     return squares**0.5 / float(np.linalg.norm(data.astype(np.float64)))
-
-
-def bind(function: Callable, *arguments: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments)
-
-
-def timings(measured: timing.Measurement) -> dict[str, float]:
-    return {
-        "cpu_ms": 1e3 * measured.cpu_min,
-        "cpu_median_ms": 1e3 * measured.cpu_median,
-        "spread": measured.cpu_spread,
-    }
-
-
-def over(times: dict[str, timing.Measurement], ours: str, peer: str | None) -> float | None:
-    """How many times longer the peer takes, if it is there."""
-    return None if peer not in times else times[peer].cpu_min / times[ours].cpu_min

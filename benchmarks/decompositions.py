@@ -30,7 +30,6 @@ from benchmarks import cp_costs, timing
 from fedlr import sketching, subspace, tucker
 
 CORES = 1
-EQUAL_ERROR = 1e-3
 
 
 class Sizes(NamedTuple):
@@ -85,7 +84,7 @@ def pair_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
     peer = tucker_peers(data, r, slow=False).get("pyttb hosvd")
     if peer is None:
         return []
-    ours = bind(jax.jit(lambda x: tucker.sthosvd(x, (r, r, r))), jnp.asarray(data))
+    ours = timing.bind(jax.jit(lambda x: tucker.sthosvd(x, (r, r, r))), jnp.asarray(data))
     functions = {"sthosvd gram": ours, "pyttb hosvd": peer}
     times = timing.measure(functions, repeats=2 * sizes.repeats)
     errors = {name: relative_error(data, f()) for name, f in functions.items()}
@@ -94,9 +93,11 @@ def pair_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
             "experiment": f"pair {n}^3 rank {r}",
             "dtype": np.dtype(dtype).name,
             "method": name,
-            **timings(times[name]),
+            **timing.columns(times[name]),
             "error": errors[name],
-            "over the other": ratio(times, errors, name, "pyttb hosvd") if f is ours else None,
+            "over the other": timing.ratio(times, errors, name, "pyttb hosvd")
+            if f is ours
+            else None,
         }
         for name, f in functions.items()
     ]
@@ -123,12 +124,12 @@ def tucker_rows(sizes: Sizes, dtype: type, *, slow_peers: bool) -> list[dict[str
     flops["hosvd gram"] = 6 * n**4 + 2 * n**3 * r
     flops[f"hooi {SWEEPS} sweeps"] = gram_flops + SWEEPS * 4 * n**3 * r
     compile_seconds = {name: timing.compile_time(f, x) for name, f in methods.items()}
-    ours = {name: bind(jax.jit(f), x) for name, f in methods.items()}
+    ours = {name: timing.bind(jax.jit(f), x) for name, f in methods.items()}
     peers = tucker_peers(data, r, slow=slow_peers)
     # Seconds long, and what it leaves in memory slows the peers that follow it.
     slow = {name: peers.pop(name) for name in ("tensorly default",) if name in peers}
     square = jnp.asarray(np.random.default_rng(1).standard_normal((sizes.gemm,) * 2), dtype)
-    product = bind(jax.jit(lambda a: a @ a), square)
+    product = timing.bind(jax.jit(lambda a: a @ a), square)
     times = timing.measure({"gemm": product, **ours, **peers}, repeats=sizes.repeats)
     times |= timing.measure(slow, repeats=2)
     peers |= slow
@@ -142,10 +143,12 @@ def tucker_rows(sizes: Sizes, dtype: type, *, slow_peers: bool) -> list[dict[str
                 "experiment": f"tucker {n}^3 rank {r}",
                 "dtype": np.dtype(dtype).name,
                 "method": name,
-                **timings(times[name]),
+                **timing.columns(times[name]),
                 "error": errors[name],
                 **{
-                    f"over {peer}": ratio(times, errors, name, peer) if name in ours else None
+                    f"over {peer}": timing.ratio(times, errors, name, peer)
+                    if name in ours
+                    else None
                     for peer in PEERS
                 },
                 "share of floor": None if floor is None else floor / times[name].cpu_min,
@@ -206,7 +209,7 @@ def batch_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
         mapped[f"sthosvd {name}, vmap"] = jax.vmap(one)
         mapped[f"sthosvd {name}, lax.map"] = lambda x, one=one: jax.lax.map(one, x)
     compile_seconds = {name: timing.compile_time(f, x) for name, f in mapped.items()}
-    ours = {name: bind(jax.jit(f), x) for name, f in mapped.items()}
+    ours = {name: timing.bind(jax.jit(f), x) for name, f in mapped.items()}
     loops = [tucker_peers(tensor, r, slow=False) for tensor in data]
     peers = {
         f"loop of {name}": lambda name=name: [peer[name]() for peer in loops] for name in loops[0]
@@ -227,9 +230,9 @@ def batch_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
             "experiment": f"batch {sizes.batch} x {n}^3 rank {r}",
             "dtype": np.dtype(dtype).name,
             "method": name,
-            **timings(times[name]),
+            **timing.columns(times[name]),
             "error": errors[name],
-            "over best peer": ratio(times, errors, name, best) if name in ours else None,
+            "over best peer": timing.ratio(times, errors, name, best) if name in ours else None,
             "best peer": best,
             "compile_s": compile_seconds.get(name),
         }
@@ -265,37 +268,18 @@ def round_rows(sizes: Sizes) -> list[dict[str, Any]]:
     parts = {f"clients, {name}": (clients(basis), images) for name, basis in finders.items()}
     parts |= {f"server, {name}": (server(basis), start) for name, basis in finders.items()}
     compile_seconds = {name: timing.compile_time(f, x) for name, (f, x) in parts.items()}
-    functions = {name: bind(jax.jit(f), x) for name, (f, x) in parts.items()}
+    functions = {name: timing.bind(jax.jit(f), x) for name, (f, x) in parts.items()}
     times = timing.measure(functions, repeats=3 * sizes.repeats)
     return [
         {
             "experiment": f"round {CLIENTS} x {n}^2 rank {r}",
             "dtype": "float32",
             "method": name,
-            **timings(times[name]),
+            **timing.columns(times[name]),
             "compile_s": compile_seconds[name],
         }
         for name in functions
     ]
-
-
-def bind(function: Callable, x: Any) -> Callable[[], Any]:
-    return lambda: function(x)
-
-
-def timings(measured: timing.Measurement) -> dict[str, float]:
-    return {
-        "cpu_ms": 1e3 * measured.cpu_min,
-        "cpu_median_ms": 1e3 * measured.cpu_median,
-        "spread": measured.cpu_spread,
-    }
-
-
-def ratio(times: dict, errors: dict, ours: str, peer: str | None) -> float | None:
-    """How many times longer the peer takes, if it is there and its error is not above ours."""
-    if peer not in times or errors[ours] > (1 + EQUAL_ERROR) * errors[peer]:
-        return None
-    return times[peer].cpu_min / times[ours].cpu_min
 
 
 def relative_error(x: np.ndarray, model: Any) -> float:

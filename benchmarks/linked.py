@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import published_multifac, timing
 from benchmarks.linked_figures import draw as draw
-from fedlr import cp, datasets, linked, synthetic
+from fedlr import cp, datasets, linked, masking, synthetic
 
 CORES = None
 Rows = list[dict[str, Any]]
@@ -575,28 +575,17 @@ def _amino_acids(size: str) -> Rows:
 
 
 def _il2(size: str) -> Rows:
-    """Choose a rank by hold-out, and impute the slices that are missing."""
-    from fedlr import masking
-
-    data, mask = masking.from_nan(datasets.il2_response().response)
-    scores = cp.cross_validate(data, 2 if _is_small(size) else 6, mask=mask, key=jax.random.key(0))
-    return [
-        {
-            "rank": rank + 1,
-            "held_out_error": float(scores.mean[rank]),
-            "standard_error": float(scores.standard_error[rank]),
-            "chosen": rank + 1 == int(scores.one_standard_error_rank),
-        }
-        for rank in range(len(scores.mean))
-    ]
+    return _rank_rows(datasets.il2_response().response, 2 if _is_small(size) else 6)
 
 
 def _serology(size: str) -> Rows:
-    """Choose a rank by hold-out."""
-    from fedlr import masking
+    return _rank_rows(datasets.covid_serology().binding, 2 if _is_small(size) else 8)
 
-    data, mask = masking.from_nan(datasets.covid_serology().binding)
-    scores = cp.cross_validate(data, 2 if _is_small(size) else 8, mask=mask, key=jax.random.key(0))
+
+def _rank_rows(x, most: int) -> Rows:
+    """Score the ranks up to `most` on held-out entries of a tensor with NaN where it is missing."""
+    data, mask = masking.from_nan(x)
+    scores = cp.cross_validate(data, most, mask=mask, key=jax.random.key(0))
     return [
         {
             "rank": rank + 1,
@@ -604,7 +593,7 @@ def _serology(size: str) -> Rows:
             "standard_error": float(scores.standard_error[rank]),
             "chosen": rank + 1 == int(scores.one_standard_error_rank),
         }
-        for rank in range(len(scores.mean))
+        for rank in range(most)
     ]
 
 

@@ -1,10 +1,11 @@
 """Pictures of the tables of `linked`, drawn from their rows."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import figures
 
 __all__ = ["draw"]
 
@@ -21,26 +22,12 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figures: dict[str, Callable[[Any, Rows], Any]] = {
-        "recovery": _recovery,
-        "imputation": _imputation,
-        "single": _single,
+    pictures = {
+        "recovery": ("recovery", _recovery),
+        "imputation": ("imputation", _imputation),
+        "single": ("single", _single),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, picture in figures.items():
-        own = [row for row in rows if row.get("table") == name]
-        if own:
-            figure = picture(plt, own)
-            files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=120)
-            plt.close(figure)
-    return files
+    return figures.save(pictures, rows, folder)
 
 
 def _mean(rows: Rows, value: str, **where: Any) -> float:

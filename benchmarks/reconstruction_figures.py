@@ -1,6 +1,5 @@
 """Pictures of the tables of `reconstruction`, drawn from their rows."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from benchmarks import methods, problems
+from benchmarks import figures, methods, problems
 from fedlr import federated
 
 __all__ = ["draw"]
@@ -26,28 +25,14 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figures: dict[str, tuple[str, Callable[[Any, Rows], Any]]] = {
+    pictures = {
         "pareto": ("sweep", _pareto),
         "rank": ("sweep", _over_rank),
         "rounds": ("curves", _over_rounds),
         "server": ("server", _server),
         "photograph": ("operators", _photograph),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, (table, picture) in figures.items():
-        own = [row for row in rows if row.get("table") == table]
-        if own:
-            figure = picture(plt, own)
-            files.append(folder / f"{name}.png")
-            figure.savefig(files[-1], dpi=120)
-            plt.close(figure)
-    return files
+    return figures.save(pictures, rows, folder)
 
 
 def _panels(plt, rows: Rows, title: str):

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["Measurement", "compile_time", "measure"]
+__all__ = ["Measurement", "bind", "columns", "compile_time", "measure", "ratio"]
+
+EQUAL_ERROR = 1e-3
 
 
 class Measurement(NamedTuple):
@@ -76,6 +78,27 @@ def compile_time(function: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
     jax.jit(lambda *arrays: function(*arrays)).lower(*args).compile()
     return time.perf_counter() - start
+
+
+def bind(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Return the function of no arguments that `measure` wants."""
+    return lambda: function(*arguments)
+
+
+def columns(measured: Measurement) -> dict[str, float]:
+    """Return the columns of a table that tell a CPU time."""
+    return {
+        "cpu_ms": 1e3 * measured.cpu_min,
+        "cpu_median_ms": 1e3 * measured.cpu_median,
+        "spread": measured.cpu_spread,
+    }
+
+
+def ratio(times: dict, errors: dict, ours: str, peer: str | None) -> float | None:
+    """How many times longer the peer takes, if it is there and its error is not above ours."""
+    if peer not in times or errors[ours] > (1 + EQUAL_ERROR) * errors[peer]:
+        return None
+    return times[peer].cpu_min / times[ours].cpu_min
 
 
 def _summarize(cpu: list[float], wall: list[float]) -> Measurement:

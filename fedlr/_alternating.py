@@ -94,7 +94,7 @@ def sweep(
                 partials[slot] = _partials.contract(array, columns, *contracted)
             found.append(_partials.finish(partials[slot], columns, kept, n))
         if weight is not None:
-            return _unpack(found[1], own[0].shape[1]), found[0]
+            return unpack(found[1], own[0].shape[1]), found[0]
         others = [factor for m, factor in enumerate(own) if m != n]
         return gram_product(others), found[0]
 
@@ -228,7 +228,7 @@ def _pairs(factor: Array) -> Array:
     return factor[:, first] * factor[:, second]
 
 
-def _unpack(rows: Array, rank: int) -> Array:
+def unpack(rows: Array, rank: int) -> Array:
     """Spread the upper triangles of symmetric matrices: (rows, R, R)."""
     index = np.zeros((rank, rank), np.int32)
     upper = np.triu_indices(rank)

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -275,3 +277,17 @@ def test_the_best_start_ends_lowest_and_is_never_nan():
     assert info.num_iters == 2
     with pytest.raises(ValueError, match=r"best: got objectives of shape \(2,\)"):
         iteration.best(x, info)
+
+
+def test_a_rise_ends_the_iteration_unless_it_may_rise():
+    """The objective falls to 1, rises to 2 once, and then rests at 1.5."""
+    values = jnp.array([3.0, 1.0, 2.0, 1.5, 1.5])
+
+    def step(k):
+        return k + 1, values[k]
+
+    solve = functools.partial(iteration.iterate, step, jnp.array(0), max_iters=5, tol=1e-3)
+    assert solve()[1].num_iters == 3
+    state, info = solve(may_rise=True)
+    assert state == info.num_iters == 5
+    assert info.converged

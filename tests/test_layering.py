@@ -40,7 +40,8 @@ FLOORS = {
     "linked.theory": 5,
     "linked.selection": 6,
     "linked.variational": 6,
-    "synthetic": 4,
+    "synthetic.scans": 4,
+    "synthetic.tensors": 4,
     "federated.protocol": 5,
     "federated.aggregators": 6,
     "federated.clients": 6,
@@ -61,7 +62,7 @@ FLOORS = {
     "algorithms.vertical_multifac": 8,
     "__main__": 9,
 }
-PACKAGES = {"", "algorithms", "cp", "federated", "linked"}
+PACKAGES = {"", "algorithms", "cp", "federated", "linked", "synthetic"}
 
 
 def read_package(folder):

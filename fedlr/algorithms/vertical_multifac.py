@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fedlr import _alternating, _checks, _partials, _precision
 from fedlr.federated import clients as clients_
 from fedlr.federated import compressors, execution, protocol
-from fedlr.linked import model
+from fedlr.linked import fitting, model
 
 __all__ = ["LinkedClients", "Metrics", "StackedCP", "build", "stack_tensors", "unstack"]
 
@@ -237,7 +237,7 @@ def build(
         _check_start(params, clients)
         rows = clients.tensors.shape[2:]
         own = [tuple(map(jnp.asarray, factors)) for factors in params.factors]
-        in_tensor = [_active_columns(factors) for factors in own]
+        in_tensor = [model.used_columns(factors) for factors in own]
         somewhere = jnp.any(jnp.stack(in_tensor), axis=0)
         stacked = []
         for mode, size in enumerate(rows):
@@ -294,7 +294,7 @@ def build(
             tables,
             chunk_size=chunk_size,
         )
-        gram = _unpack(total.gram, rank)
+        gram = _alternating.unpack(total.gram[None], rank)[0]
         new_shared = _alternating.solve(
             [(gram, total.mttkrp)], shared, ridge, jnp.diagonal(gram) > 0
         )
@@ -354,7 +354,7 @@ def _update(shared, own, sizes, x, ridge):
         (shared, *own),
         order=range(1, num_modes),
         ridge=ridge,
-        active=[_active_columns(own)] * num_modes,
+        active=[model.used_columns(own)] * num_modes,
     )
     # Modes that the client does not have come last, so nothing has followed from their update.
     return tuple(
@@ -369,15 +369,12 @@ def _fill(shared, own, x, observed, tables, known, is_start):
     """
     active, seen = tables
     vouched = known - (seen[:, None] & active[None]).astype(jnp.int32) > 0
-    kept = jnp.where(seen[:, None] | (vouched & active[None]), shared, 0)
-    estimate = model.dense_rows(kept, own)
+    keep = seen[:, None] | (vouched & active[None])
     data = jnp.where(observed, x, 0)
+    filled, misfit = fitting.fill_tensor(shared, own, data, observed, keep)
     # A start that fits worse than zero does says nothing of the hidden entries.
-    lost = shared - kept
-    misfit = jnp.sum(jnp.where(observed, data - estimate, 0) ** 2)
-    misfit = misfit + jnp.sum((lost @ _alternating.gram_product(own)) * lost)
     use = (misfit < jnp.sum(data * data)) | ~is_start
-    return jnp.where(observed | ~use, data, estimate)
+    return jnp.where(use, filled, data)
 
 
 def _count(message, tables, is_start):
@@ -390,17 +387,6 @@ def _count(message, tables, is_start):
         compressors.message_bytes((message, active, seen)),
         compressors.message_bytes((message, active)),
     )
-
-
-def _active_columns(own):
-    """Tell which columns are zero in no factor."""
-    return jnp.all(jnp.stack([jnp.any(factor != 0, axis=0) for factor in own]), axis=0)
-
-
-def _unpack(triangle, rank):
-    """Fill a symmetric matrix from its upper triangle row by row."""
-    upper = jnp.zeros((rank, rank), triangle.dtype).at[np.triu_indices(rank)].set(triangle)
-    return upper + jnp.triu(upper, 1).T
 
 
 def _pad(factor, size):

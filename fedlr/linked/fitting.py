@@ -107,10 +107,7 @@ def multifac(
     _checks.check_non_negative("multifac", "penalty", penalty)
     penalty = jnp.asarray(penalty, tensors[0].dtype)
     factors, modes = flatten(init)
-    in_tensor = [
-        jnp.all(jnp.stack([jnp.any(factor != 0, axis=0) for factor in own]), axis=0)
-        for own in init.factors
-    ]
+    in_tensor = [model.used_columns(own) for own in init.factors]
     active = [jnp.any(jnp.stack(in_tensor), axis=0)] + [
         in_tensor[k] for k, own in enumerate(init.factors) for _ in own
     ]
@@ -396,24 +393,35 @@ def observed_samples(mask: Array) -> Array:
     return jnp.any(mask, axis=tuple(range(1, mask.ndim)))
 
 
+def fill_tensor(
+    shared: Array, own: Sequence[Array], x: Array, mask: Array, keep: Array
+) -> tuple[Array, Array]:
+    """Impute the hidden entries of a tensor; return that and ``|filled - model|^2``.
+
+    `x` is zero where it is hidden. `keep`, bool (n, R), are the components that fill a sample, all
+    where anything is observed of it.
+    """
+    kept = jnp.where(keep, shared, 0)
+    estimate, lost = model.dense_rows(kept, own), shared - kept
+    observed = jnp.sum(jnp.where(mask, x - estimate, 0) ** 2)
+    misfit = observed + jnp.sum((lost @ _alternating.gram_product(own)) * lost)
+    return jnp.where(mask, x, estimate), misfit
+
+
 def _fill(
     fit: model.LinkedCP, data: Sequence[Array], masks: Sequence[Array], seen: Array
 ) -> tuple[tuple[Array, ...], Array]:
     """Impute the hidden entries; return that and ``|filled - model|^2`` of every tensor."""
     active = model.active_components(fit)
-    filled, misfits = [], []
+    found = []
     for k, own in enumerate(fit.factors):
         others = np.delete(np.arange(len(data)), k)
         # Components that another tensor has which has the sample: (n, R).
         vouched = jnp.any(seen[others][:, :, None] & active[others][:, None, :], axis=0)
         keep = seen[k][:, None] | (vouched & active[k][None])
-        kept = jnp.where(keep, fit.shared, 0)
-        estimate = model.dense_rows(kept, own)
-        filled.append(jnp.where(masks[k], data[k], estimate))
-        observed = jnp.sum(jnp.where(masks[k], data[k] - estimate, 0) ** 2)
-        lost = fit.shared - kept
-        misfits.append(observed + jnp.sum((lost @ _alternating.gram_product(own)) * lost))
-    return tuple(filled), jnp.stack(misfits)
+        found.append(fill_tensor(fit.shared, own, data[k], masks[k], keep))
+    filled, misfits = zip(*found, strict=True)
+    return filled, jnp.stack(misfits)
 
 
 def _component_squares(shared: Array, own: Sequence[Array], mask: Array) -> Array:

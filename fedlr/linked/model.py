@@ -7,6 +7,7 @@ k, A_0 included. It is active in k if that exceeds a small threshold, *shared* i
 every tensor, *individual* if it is active in one of several, and partially shared in between.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -429,6 +430,11 @@ def own_weights(fit: LinkedCP) -> Array:
             product = product * tensor.column_norms(factor)
         rows.append(product)
     return jnp.stack(rows)
+
+
+def used_columns(own: Sequence[Array]) -> Array:
+    """Tell which columns are zero in none of a tensor's own factors: bool (R,)."""
+    return functools.reduce(jnp.logical_and, [jnp.any(factor != 0, axis=0) for factor in own])
 
 
 def dense_rows(shared: Array, own: Sequence[Array]) -> Array:

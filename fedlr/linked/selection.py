@@ -119,9 +119,9 @@ def select_penalty(
 
     Reference: Kang, Rao and Lock 2025, arXiv 2502.20286, and its published implementation, whose
         defaults these are, except: the stopping rule is relative, hidden entries do not begin at
-        random draws, the fit to all data begins at the best of at least ten starts, and the final
-        fit really begins at the fit of step 1. A single tensor has no shared part that would
-        predict a hidden sample, so its folds hide entries only.
+        random draws, the fit to all data begins at the best of 25 starts with the defaults, not of
+        ten, and the final fit really begins at the fit of step 1. A single tensor has no shared
+        part that would predict a hidden sample, so its folds hide entries only.
     """
     data, seen = _check_data(tensors, masks)
     grid = _check_options(data, seen, penalties, num_folds, num_starts, rank)

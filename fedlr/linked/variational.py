@@ -157,9 +157,7 @@ def variational_multifac(
         pattern is what the precisions leave.
     """
     tensors, masks = model.check_fit("variational_multifac", init, tensors, masks)
-    in_tensor = jnp.stack(
-        [jnp.all(jnp.stack([jnp.any(a != 0, axis=0) for a in own]), axis=0) for own in init.factors]
-    )
+    in_tensor = jnp.stack([model.used_columns(own) for own in init.factors])
     factors, modes = fitting.flatten(init)
     data = _prepare(tensors, masks, in_tensor, modes)
     start = _start(data, factors)
