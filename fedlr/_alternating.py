@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from fedlr import _partials
+from fedlr import _cholesky, _partials
 
 # Below this relative residual, in units of sqrt(eps), the fast formula has lost its digits.
 _FLOOR = 30.0
@@ -178,42 +178,35 @@ def _measure(gram: Array, rhs: Array, factor: Array) -> tuple[Array, Array]:
     """Return <X, Xhat> and |Xhat|^2 from the normal equations of one mode and its factor."""
     if gram.ndim == 2:
         return jnp.sum(rhs * factor), jnp.sum(gram * (factor.T @ factor))
-    return jnp.sum(rhs * factor), jnp.sum(jnp.einsum("irs,is->ir", gram, factor) * factor)
+    columns = factor.T
+    return jnp.sum(rhs * factor), jnp.sum(jnp.sum(gram * columns[None], axis=1) * columns)
 
 
 def solve(
     systems: Sequence[tuple[Array, Array]], before: Array, ridge: Array, active: Array | None
 ) -> Array:
-    """Solve ``A (sum H + ridge I) = sum M``, made regular by a proximal term of a few eps."""
+    """Solve ``A (sum H + ridge I) = sum M``, made regular by a proximal term of a few eps.
+
+    A matrix H of every row is held as (R, R, rows).
+    """
     by_row = any(gram.ndim == 3 for gram, _ in systems)
-    grams = [gram[None] if by_row and gram.ndim == 2 else gram for gram, _ in systems]
+    grams = [gram[..., None] if by_row and gram.ndim == 2 else gram for gram, _ in systems]
     gram = functools.reduce(jnp.add, grams)
     rhs = functools.reduce(jnp.add, [rhs for _, rhs in systems])
-    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    rank = gram.shape[0]
     if active is not None:
-        gram = jnp.where(active[:, None] & active[None, :], gram, 0)
+        both = (active[:, None] & active[None, :]).reshape(rank, rank, *(1,) * (gram.ndim - 2))
+        gram = jnp.where(both, gram, 0)
         rhs, before = jnp.where(active[None], rhs, 0), jnp.where(active[None], before, 0)
-    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    scale = _JITTER * gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    diagonal = jnp.diagonal(gram).T  # (R,) or (R, rows)
+    scale = _JITTER * rank * jnp.finfo(gram.dtype).eps
     proximal = jnp.maximum(scale * diagonal - ridge, 0)
     proximal = jnp.where(diagonal + ridge > 0, proximal, 1)
-    axes = tuple(range(gram.ndim - 2))
-    regular = jnp.expand_dims(ridge + proximal, -1) * jnp.expand_dims(identity, axes)
-    lower = lax.linalg.cholesky(gram + regular, symmetrize_input=False)
-    rhs = rhs + (proximal if by_row else proximal[None]) * before
-    if not by_row:
-        return solve_right(lower, rhs)
-    return solve_right(lower, rhs[:, None, :])[:, 0, :]
-
-
-def solve_right(lower: Array, rhs: Array) -> Array:
-    """Solve ``A L L^T = M`` for A, by two substitutions.
-
-    The inverse of L and two products would take half the time, but with jax 0.10.1 on two cores
-    loops over batches of 40 systems of 20 unknowns then never returned; see `linked.multifac`.
-    """
-    half = lax.linalg.triangular_solve(lower, rhs, lower=True, transpose_a=True)
-    return lax.linalg.triangular_solve(lower, half, lower=True)
+    identity = np.eye(rank, dtype=gram.dtype).reshape(rank, rank, *(1,) * (gram.ndim - 2))
+    inverse = _cholesky.inverse_factor(gram + identity * (ridge + proximal)[None])
+    if by_row:
+        return _cholesky.solve_each(inverse, rhs + proximal.T * before)
+    return _cholesky.solve_rows(inverse, rhs + proximal[None] * before)
 
 
 def gram_product(factors: Sequence[Array]) -> Array:
@@ -229,8 +222,8 @@ def _pairs(factor: Array) -> Array:
 
 
 def unpack(rows: Array, rank: int) -> Array:
-    """Spread the upper triangles of symmetric matrices: (rows, R, R)."""
+    """Spread the upper triangles of symmetric matrices: (R, R, rows)."""
     index = np.zeros((rank, rank), np.int32)
     upper = np.triu_indices(rank)
     index[upper] = index[upper[::-1]] = np.arange(len(upper[0]))
-    return rows[:, index]
+    return rows.T[index]

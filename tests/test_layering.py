@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from strictly lower floors. A new module is given its floor here.
 FLOORS = {
     "_checks": 0,
+    "_cholesky": 0,
     "_partials": 0,
     "_precision": 0,
     "_alternating": 1,

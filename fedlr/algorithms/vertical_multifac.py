@@ -294,7 +294,7 @@ def build(
             tables,
             chunk_size=chunk_size,
         )
-        gram = _alternating.unpack(total.gram[None], rank)[0]
+        gram = _alternating.unpack(total.gram[None], rank)[..., 0]
         new_shared = _alternating.solve(
             [(gram, total.mttkrp)], shared, ridge, jnp.diagonal(gram) > 0
         )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from fedlr import _alternating, _checks, _precision, iteration
+from fedlr import _alternating, _checks, _cholesky, _precision, iteration
 from fedlr.cp import tensor
 from fedlr.linked import model
 
@@ -342,8 +342,8 @@ def _balanced_logs(logs: Array, constraints: Array) -> Array:
         squares, total = measure(x)
         # Half the gradient and the Hessian, regular in all directions and beyond its rounding.
         hessian = 2 * (null * squares[None]) @ null + (1 + 16 * eps) * identity - null
-        lower = lax.linalg.cholesky(hessian, symmetrize_input=False)
-        step = -(null @ jax.scipy.linalg.cho_solve((lower, True), null @ squares))
+        inverse = _cholesky.inverse_factor(hessian)
+        step = -(null @ (inverse.T @ (inverse @ (null @ squares))))
         reach = 2 * jnp.max(jnp.abs(step))
         damping = jnp.where(reach > 0, jnp.log1p(reach) / jnp.where(reach > 0, reach, 1), 1)
         after = x + damping * step

@@ -62,9 +62,7 @@ def multifac(
     and need not fall when a component dies. The hidden entries of a tensor begin at the model of
     `init` if its misfit, as the objective counts it, is below that of zero, and else at zero.
 
-    **Many starts** are a `jax.vmap` over `init`. On a CPU map chunks of them, by
-    ``jax.lax.map(fit, starts, batch_size=16)``: with jax 0.10.1 on two cores loops over 128 starts
-    of rank 20 at once never returned (50 did, and 64 of rank 12), in the batched factorizations.
+    **Many starts** are a `jax.vmap` over `init`.
 
     Args:
         tensors: K >= 1 tensors X_k of two modes or more with a common first mode of n samples,

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from fedlr import _alternating, _partials, _precision, iteration
+from fedlr import _alternating, _cholesky, _partials, _precision, iteration
 from fedlr.linked import fitting, model
 
 __all__ = ["VariationalFit", "variational_multifac"]
@@ -59,7 +58,7 @@ class _Data(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Means, covariances (R, R) or (rows, R, R), precisions (1 + K, R), noise variances (K,)."""
+    """Means, covariances (R, R) or (R, R, rows), precisions (1 + K, R), noise variances (K,)."""
 
     factors: tuple[Array, ...]
     covariances: tuple[Array, ...]
@@ -210,7 +209,7 @@ def _start(data: _Data, factors: Sequence[Array]) -> _State:
             scaled[g] = scaled[g] * ratio ** (0.5 / (len(ids) - 1))
     rank = factors[0].shape[1]
     by_row = [() if data.weights[0] is None else (a.shape[0],) for a in scaled]
-    covariances = tuple(jnp.zeros((*rows, rank, rank), factors[0].dtype) for rows in by_row)
+    covariances = tuple(jnp.zeros((rank, rank, *rows), factors[0].dtype) for rows in by_row)
     precisions = _precisions(data, scaled, [jnp.sum(a * a, axis=0) for a in scaled])
     variances = jnp.maximum(data.norms / data.counts / _START_RATIO, data.floors)
     return _State(tuple(scaled), covariances, precisions, variances)
@@ -236,7 +235,7 @@ def _sweep(data: _Data, state: _State) -> tuple[_State, Array]:
             gram = functools.reduce(jnp.multiply, [m for n, m in enumerate(seconds) if n != mode])
         else:
             rows = _partials.finish(partials[1], seconds, kept, mode)
-            gram = rows.reshape(-1, rhs.shape[1], rhs.shape[1])
+            gram = rows.T.reshape(rhs.shape[1], rhs.shape[1], -1)
         return gram, rhs
 
     def update(g: int, gram: Array, rhs: Array) -> None:
@@ -286,28 +285,26 @@ def _posterior(
     gram: Array, rhs: Array, precision: Array, active: Array
 ) -> tuple[Array, Array, Array]:
     """Return means, covariances and the sum of their log determinants over the rows."""
-    leading = tuple(range(gram.ndim - 2))
-    both = jnp.expand_dims(active[:, None] & active[None, :], leading)
-    prior = jnp.expand_dims(jnp.diag(jnp.where(active, precision, 1)), leading)
+    trailing = tuple(range(2, gram.ndim))
+    kept = jnp.expand_dims(active[:, None] & active[None, :], trailing)
+    prior = jnp.expand_dims(jnp.diag(jnp.where(active, precision, 1)), trailing)
     rhs = jnp.where(active[None], rhs, 0)
-    lower = lax.linalg.cholesky(jnp.where(both, gram, 0) + prior, symmetrize_input=False)
-    identity = jnp.broadcast_to(jnp.eye(len(active), dtype=gram.dtype), gram.shape)
-    half = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    covariance = jnp.swapaxes(half, -1, -2) @ half
-    log_det = -2 * jnp.sum(jnp.log(jnp.diagonal(lower, axis1=-2, axis2=-1)))
-    if leading:
-        mean = _alternating.solve_right(lower, rhs[:, None, :])[:, 0, :]
+    inverse = _cholesky.inverse_factor(jnp.where(kept, gram, 0) + prior)
+    covariance = jnp.einsum("ki...,kj...->ij...", inverse, inverse)
+    log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(inverse)))
+    if trailing:
+        mean = _cholesky.solve_each(inverse, rhs)
     else:
-        mean, log_det = _alternating.solve_right(lower, rhs), rhs.shape[0] * log_det
-    return mean, jnp.where(both, covariance, 0), log_det
+        mean, log_det = _cholesky.solve_rows(inverse, rhs), rhs.shape[0] * log_det
+    return mean, jnp.where(kept, covariance, 0), log_det
 
 
 def _moment(factor: Array, covariance: Array) -> Array:
     """Return ``E[A^T A]``, or ``E[a_i a_i^T]`` of every row as (rows, R R)."""
     if covariance.ndim == 2:
         return factor.T @ factor + factor.shape[0] * covariance
-    products = factor[:, :, None] * factor[:, None, :] + covariance
-    return products.reshape(factor.shape[0], -1)
+    products = factor.T[:, None] * factor.T[None, :] + covariance
+    return products.reshape(-1, factor.shape[0]).T
 
 
 def _energy(moment: Array, rank: int) -> Array:
@@ -332,7 +329,7 @@ def _residual(x: Array, weight: Array | None, own: Sequence[Sequence[Array]], gr
             parts = [*moments[:n], a.shape[0] * s, *grams[n + 1 :]]
             variance = variance + functools.reduce(jnp.multiply, parts)
         return squares + jnp.sum(variance)
-    expected = jnp.sum(gram.reshape(moments[-1].shape) * moments[-1])
+    expected = jnp.sum(gram.reshape(-1, gram.shape[2]).T * moments[-1])
     energy = _alternating.residual_squares(jnp.zeros_like(x), weight, factors)
     return squares + jnp.maximum(expected - energy, 0)
 
