@@ -54,16 +54,19 @@ FLOORS = {
     "federated.servers": 6,
     "federated.stopping": 6,
     "federated.channels": 7,
-    "federated.rounds": 7,
-    "algorithms.comp_jf": 8,
-    "algorithms.fedavg": 8,
-    "algorithms.firm": 8,
-    "algorithms.local_only": 8,
-    "algorithms.low_rank_descent": 8,
-    "algorithms.vertical_multifac": 8,
-    "__main__": 9,
+    "federated.rounds.composition": 7,
+    "federated.rounds.running": 7,
+    "federated.rounds.simulation": 8,
+    "federated.rounds": 8,
+    "algorithms.comp_jf": 9,
+    "algorithms.fedavg": 9,
+    "algorithms.firm": 9,
+    "algorithms.local_only": 9,
+    "algorithms.low_rank_descent": 9,
+    "algorithms.vertical_multifac": 9,
+    "__main__": 10,
 }
-PACKAGES = {"", "algorithms", "cp", "federated", "linked", "synthetic"}
+PACKAGES = {"", "algorithms", "cp", "federated", "federated.rounds", "linked", "synthetic"}
 
 
 def read_package(folder):

@@ -9,7 +9,8 @@ import pytest
 
 from fedlr import federated
 from fedlr.algorithms import fedavg, local_only
-from fedlr.federated import aggregators, compressors, local, protocol, rounds, servers, stopping
+from fedlr.federated import aggregators, compressors, local, protocol, servers, stopping
+from fedlr.federated.rounds import simulation
 from tests.reference import rounds as reference
 
 
@@ -427,7 +428,7 @@ def test_nan_behind_the_mask_is_let_through(data, average, long_run):
 
 def test_interrupt_loses_no_finished_round(alone, monkeypatch):
     algorithm, start, data = alone
-    segment, calls = rounds._segment, []
+    segment, calls = simulation._segment, []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -435,7 +436,7 @@ def test_interrupt_loses_no_finished_round(alone, monkeypatch):
             raise KeyboardInterrupt
         return segment(*args, **options)
 
-    monkeypatch.setattr(rounds, "_segment", interrupted)
+    monkeypatch.setattr(simulation, "_segment", interrupted)
     with pytest.warns(UserWarning, match="simulate: interrupted after 2 rounds"):
         state, infos = simulate(algorithm, start, data, num_rounds=9, segment_rounds=1)
     assert state.round == 2
