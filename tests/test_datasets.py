@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedlr import datasets, masking
+from fedlr.datasets import tensors
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -57,8 +58,8 @@ def serology_file(monkeypatch, no_tensorly, rng):
     buffer = io.BytesIO()
     np.save(buffer, rng.standard_normal((438, 6, 11)))
     content = buffer.getvalue()
-    file = datasets._COVID_SEROLOGY._replace(sha256=hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(datasets, "_COVID_SEROLOGY", file)
+    file = tensors._COVID_SEROLOGY._replace(sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(tensors, "_COVID_SEROLOGY", file)
     return content, file
 
 
@@ -307,7 +308,7 @@ def download(monkeypatch, file, content, tmp_path):
     """Put the content at an address and let the serology be had from there."""
     source = tmp_path / "source"
     source.write_bytes(content)
-    monkeypatch.setattr(datasets, "_COVID_SEROLOGY", file._replace(url=source.as_uri()))
+    monkeypatch.setattr(tensors, "_COVID_SEROLOGY", file._replace(url=source.as_uri()))
     return source
 
 

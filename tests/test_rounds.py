@@ -232,7 +232,11 @@ def test_aggregators_that_do_not_fold_see_all_messages(data, weights):
 
 def wrong_update(change):
     def update(params, client_state, data, *, key):
-        good = (params, client_state, local.LocalMetrics(jnp.sum(params), jnp.int32(1)))
+        good = (
+            params,
+            client_state,
+            local.LocalMetrics(jnp.sum(params), jnp.int32(1), jnp.int32(1)),
+        )
         return change(*good)
 
     return update

@@ -2,33 +2,40 @@
 
 from fedlr.federated import (
     aggregators,
+    availability,
     channels,
+    checkpoints,
     clients,
     compressors,
     coupling,
     execution,
     local,
+    partition,
     protocol,
     ranks,
     rounds,
     servers,
     stopping,
 )
-from fedlr.federated.rounds import compose, run, simulate, with_evaluation
+from fedlr.federated.rounds import compose, run, scheduled, simulate, with_evaluation
 
 __all__ = [
     "aggregators",
+    "availability",
     "channels",
+    "checkpoints",
     "clients",
     "compose",
     "compressors",
     "coupling",
     "execution",
     "local",
+    "partition",
     "protocol",
     "ranks",
     "rounds",
     "run",
+    "scheduled",
     "servers",
     "simulate",
     "stopping",

@@ -4,12 +4,17 @@ An aggregator receives the *messages* and `decompress`, so that averaging the fa
 messages by mistake cannot be written.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from fedlr import _checks, curvature, lowrank
 from fedlr.federated import protocol
 
-__all__ = ["weighted_mean"]
+__all__ = ["coordinate_median", "measured_factor_mean", "trimmed_mean", "weighted_mean"]
 
 
 def weighted_mean() -> protocol.Aggregator:
@@ -66,3 +71,162 @@ def weighted_mean() -> protocol.Aggregator:
         return finish(add(fold_init(zeros), messages, weights, decompress=decompress)), state
 
     return protocol.Aggregator(init, aggregate, protocol.Fold(fold_init, add, finish))
+
+
+def measured_factor_mean() -> protocol.Aggregator:
+    """Build the weighted mean of factors that also measures what is lost by averaging factors.
+
+        |sum_k p_k U_k D_k - Ubar Dbar|_F / |sum_k p_k U_k D_k|_F   for every factorized leaf
+
+    The norm below needs the factors themselves, so clients send `local.trained_values` and the
+    server is one `servers.of_values`. It needs the factors of all members at once. The state is the
+    pytree of the errors of the last round, zeros before the first; ``state.server.aggregator`` in
+    the evaluation function of `rounds.with_evaluation`.
+
+    Returns:
+        An aggregator of `lowrank.Trainable` values, which does not fold.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from fedlr import lowrank
+        >>> from fedlr.federated import aggregators
+        >>> factors = jnp.array([[[1.0]], [[2.0]]])
+        >>> values = lowrank.Trainable(lowrank.LowRank(factors, factors), None)
+        >>> mean, error = aggregators.measured_factor_mean().aggregate(
+        ...     values, jnp.ones(2), (), decompress=lambda message: message
+        ... )
+        >>> float(mean.factors.up[0, 0]), round(float(error), 4)
+        (1.5, 0.1)
+
+    Reference:
+        Park and Klabjan 2024, arXiv 2409.12371, average the factors. The measure is
+        `curvature.aggregation_error`.
+    """
+    mean = weighted_mean()
+
+    def init(update):
+        return lowrank.map_updates(lambda own: jnp.zeros((), own.up.dtype), update.factors)
+
+    def aggregate(messages, weights, state, *, decompress):
+        del state
+        values = jax.vmap(decompress)(messages)
+        update, _ = mean.aggregate(values, weights, (), decompress=lambda value: value)
+        errors = lowrank.map_updates(
+            lambda own: curvature.aggregation_error(own.up, own.down, weights), values.factors
+        )
+        return update, errors
+
+    return protocol.Aggregator(init, aggregate)
+
+
+def trimmed_mean(fraction: float) -> protocol.Aggregator:
+    """Build the mean of every coordinate without its largest and its smallest values.
+
+    Of the n updates that arrived, ``floor(fraction n)`` values are left out at either end of every
+    coordinate, and the mean of the others is taken. It is robust: with no more than so many bad
+    messages, whatever they hold, every coordinate lies between the smallest and the largest value
+    of the good ones. NaN counts as the largest value.
+
+    Weights say only who arrived: members of weight zero are left out, all others count equally.
+    Nobody arrived gives zeros. It needs the values of all members at once, so the decoded updates
+    of the whole cohort are kept in memory.
+
+    Args:
+        fraction: Share left out at either end, from 0 up to but without 1/2, *static*.
+
+    Returns:
+        An aggregator without state, which does not fold.
+
+    Raises:
+        ValueError: If `fraction` is not in that range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import aggregators
+        >>> trimmed = aggregators.trimmed_mean(0.25)
+        >>> messages, weights = jnp.array([[1.0], [-1e9], [4.0], [2.0]]), jnp.ones(4)
+        >>> trimmed.aggregate(messages, weights, (), decompress=lambda message: message)[0]
+        Array([1.5], dtype=float32)
+
+    Reference:
+        Yin et al. 2018, arXiv 1803.01498, Definition 2 and Algorithm 1. There the messages are
+        gradients of equally many examples, hence no weights.
+    """
+    if not 0 <= fraction < 0.5:
+        raise _checks.fail("trimmed_mean", f"fraction {fraction}", "a fraction from 0, below 1/2")
+
+    def join(ordered, count):
+        counts = np.arange(ordered.shape[0] + 1)
+        # Rounding must not make 28 of 0.29 * 100, and one value is always left.
+        trims = np.minimum(np.floor(fraction * counts + 1e-9), np.maximum(counts - 1, 0) // 2)
+        trim = jnp.asarray(trims, jnp.int32)[count]
+        place = jnp.arange(ordered.shape[0], dtype=jnp.int32)
+        kept = (place >= trim) & (place < count - trim)
+        # Summed in the order of their sizes, and with no NaN from a value left out.
+        total = jnp.sum(jnp.where(_like_rows(kept, ordered), ordered, 0), axis=0)
+        return total / jnp.maximum(count - 2 * trim, 1).astype(ordered.dtype)
+
+    return _of_order(join)
+
+
+def coordinate_median() -> protocol.Aggregator:
+    """Build the median of every coordinate.
+
+    Of an even number of updates it is the mean of the two in the middle. It is robust: as long as
+    fewer than half of the messages are bad, whatever they hold, every coordinate lies between the
+    smallest and the largest value of the good ones. NaN counts as the largest value.
+
+    Weights say only who arrived: members of weight zero are left out, all others count equally.
+    Nobody arrived gives zeros. It needs the values of all members at once, so the decoded updates
+    of the whole cohort are kept in memory.
+
+    Returns:
+        An aggregator without state, which does not fold.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import aggregators
+        >>> median = aggregators.coordinate_median()
+        >>> messages, weights = jnp.array([[1.0], [1e9], [4.0], [2.0]]), jnp.array([1.0, 1, 0, 1])
+        >>> median.aggregate(messages, weights, (), decompress=lambda message: message)[0]
+        Array([2.], dtype=float32)
+
+    Reference:
+        Yin et al. 2018, arXiv 1803.01498, Definition 1 and Algorithm 1. There the messages are
+        gradients of equally many examples, hence no weights.
+    """
+
+    def join(ordered, count):
+        low, high = (ordered[jnp.maximum(place, 0)] for place in ((count - 1) // 2, count // 2))
+        return low / 2 + high / 2
+
+    return _of_order(join)
+
+
+def _of_order(
+    join: Callable[[Float[Array, "cohort ..."], Int[Array, ""]], Array],
+) -> protocol.Aggregator:
+    """Build the aggregator of order statistics.
+
+    `join` is `(ordered, count) -> update` for one array: the first `count` of the rows are the
+    values of the members that arrived, in increasing order.
+    """
+
+    def aggregate(messages, weights, state, *, decompress):
+        arrived = weights > 0
+        count = jnp.sum(arrived, dtype=jnp.int32)
+
+        def one(leaf):
+            # NaN is sorted behind all numbers, so that one of an update stays with the arrived.
+            present = jnp.where(_like_rows(arrived, leaf), leaf, jnp.nan)
+            return jnp.where(count > 0, join(jnp.sort(present, axis=0), count), 0)
+
+        return jax.tree.map(one, jax.vmap(decompress)(messages)), state
+
+    return protocol.Aggregator(lambda _: (), aggregate)
+
+
+def _like_rows(flags: Array, leaf: Array) -> Array:
+    """Give a vector over the rows of an array the number of axes of that array."""
+    return flags.reshape(-1, *[1] * (leaf.ndim - 1))

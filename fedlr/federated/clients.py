@@ -4,6 +4,8 @@ Whatever belongs to the clients is one pytree whose leaves have a leading client
 the only one that is ever sharded.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,10 @@ from fedlr import _checks
 from fedlr.federated import protocol
 
 __all__ = [
+    "RankedClients",
     "check_cohort",
     "check_everyone",
+    "check_ranks",
     "is_everyone",
     "num_clients",
     "num_examples",
@@ -26,6 +30,18 @@ __all__ = [
     "stack_clients",
     "take",
 ]
+
+
+class RankedClients(NamedTuple):
+    """Clients of different means: their data, and the ranks of the factors that they can train.
+
+    Attributes:
+        data: Data of all clients.
+        ranks: Ranks, int32, shape (clients,).
+    """
+
+    data: protocol.ClientData
+    ranks: Int[Array, " clients"]
 
 
 def stack_clients(clients: list[PyTree]) -> PyTree:
@@ -97,7 +113,8 @@ def num_examples(clients: PyTree) -> Float[Array, " clients"]:
     """Count the present examples of every client, the usual aggregation weights.
 
     Args:
-        clients: A `protocol.ClientData`, or any other pytree with a leading client axis.
+        clients: A `protocol.ClientData`, alone or in `RankedClients`, or any other pytree with a
+            leading client axis.
 
     Returns:
         The number of True entries of the mask of each client, shape (clients,), in the dtype of
@@ -116,6 +133,8 @@ def num_examples(clients: PyTree) -> Float[Array, " clients"]:
         Array([2., 1.], dtype=float32)
     """
     default = jnp.result_type(float)
+    if isinstance(clients, RankedClients):
+        clients = clients.data
     if not isinstance(clients, protocol.ClientData):
         return jnp.ones(num_clients(clients), default)
     mask = clients.mask
@@ -172,6 +191,30 @@ def check_everyone(function: str, cohort: Int[Array, " cohort"], clients: PyTree
     if jnp.shape(cohort) != (count,):
         got = f"cohort of {jnp.shape(cohort)[0]} clients"
         raise _checks.fail(function, got, f"all {count} clients")
+
+
+def check_ranks(function: str, clients: PyTree, largest: int) -> None:
+    """Refuse `RankedClients` with a rank that is no integer in ``1 .. largest``.
+
+    Args:
+        function: Name of the caller, for the message.
+        clients: Clients; if they have no ranks there is nothing to check.
+        largest: Largest rank.
+
+    Raises:
+        ValueError: If the ranks are no int32 vector with one entry for every client or, where their
+            values are known, a rank is out of range.
+    """
+    if not isinstance(clients, RankedClients):
+        return
+    ranks = clients.ranks
+    dtype, shape = jnp.result_type(ranks), jnp.shape(ranks)
+    if dtype != jnp.int32 or shape != (num_clients(clients.data),):
+        got = f"ranks of shape {shape}, dtype {dtype}"
+        raise _checks.fail(function, got, f"int32 ({num_clients(clients.data)},)")
+    if not isinstance(ranks, core.Tracer):
+        for rank in np.asarray(ranks).tolist():
+            _checks.check_rank(function, rank, largest)
 
 
 def is_everyone(cohort: Int[Array, " cohort"], count: int) -> bool:

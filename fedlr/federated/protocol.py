@@ -24,6 +24,7 @@ __all__ = [
     "Round",
     "RoundInfo",
     "ServerUpdate",
+    "Traffic",
     "check_like",
     "losses",
     "present",
@@ -120,8 +121,9 @@ class FederatedAlgorithm(NamedTuple):
 class LocalUpdate(Protocol):
     """What ONE client does: `(params, client_state, data, *, key) -> (update, state, metrics)`.
 
-    `update` has the structure of `params` and is a difference: new minus received. `metrics` is a
-    pytree of scalars with at least a field or key `loss`, the loss at the received `params`.
+    `update` is a difference, new minus received, in the structure of `params` unless the server
+    expects another. `metrics` is a pytree of scalars with at least a field or key `loss`, the loss
+    at the received `params`.
     """
 
     def __call__(
@@ -161,7 +163,7 @@ class Aggregator(NamedTuple):
     """How the server joins the *messages* of a cohort (leading axis) into one update.
 
     Attributes:
-        init: `(params) -> state`.
+        init: `(update) -> state`.
         aggregate: `(messages, weights, state, *, decompress) -> (update, state)`.
         fold: A `Fold` where the aggregate is a linear running sum, else None.
     """
@@ -177,10 +179,24 @@ class ServerUpdate(NamedTuple):
     Attributes:
         init: `(params) -> state`.
         apply: `(params, update, state, *, key) -> (params, state)`.
+        expects: `(params) -> pytree` like the update that `apply` takes; None for the params.
     """
 
     init: Any
     apply: Any
+    expects: Any = None
+
+
+class Traffic(NamedTuple):
+    """What ONE client sends and receives in a round, where that is not its message and the params.
+
+    Attributes:
+        up: `(message, params, client_state, data) -> bytes`, int32 scalar.
+        down: `(params, client_state, data) -> bytes`, int32 scalar.
+    """
+
+    up: Any
+    down: Any
 
 
 def check_like(function: str, name: str, tree: PyTree, like: PyTree) -> None:

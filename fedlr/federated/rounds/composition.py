@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from fedlr import _checks
 from fedlr.federated import clients as clients_
 from fedlr.federated import compressors, execution, protocol
 
 __all__ = ["ClientMemory", "ServerMemory", "compose", "with_evaluation"]
+
+# Whose messages arrive: `(cohort, clients, *, key) -> bool (cohort,)`.
+Arrivals = Callable[..., Bool[Array, " cohort"]]
 
 
 class ClientMemory(NamedTuple):
@@ -47,19 +50,21 @@ def compose(
     server: protocol.ServerUpdate,
     client_state: Callable[[PyTree], PyTree] | None = None,
     client_weights: Callable[[PyTree], Float[Array, " clients"]] = clients_.num_examples,
+    arrivals: Arrivals | None = None,
+    traffic: protocol.Traffic | None = None,
     chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
-    """Build a consensus algorithm from the four parts of a round.
+    """Build a consensus algorithm from the parts of a round.
 
         params --> local_update --> compress --> messages ==> aggregate --> server --> params
 
     One round: every cohort member receives the params, computes its update and sends a message; the
     aggregator joins the messages; the server moves the params. State of clients outside the cohort
-    stays untouched. A cohort of total weight zero changes neither the params nor the server. The
-    key of a member is folded in from its client index, never from its place in the cohort, so the
-    result depends neither on the order of the cohort nor on the chunk size, up to the order of
-    summation. Where the aggregator folds into a running sum, no stack of messages is kept and
-    temporary memory does not grow with the cohort.
+    stays untouched, and so does that of members whose message does not arrive. A cohort of total
+    weight zero changes neither the params nor the server. The key of a member is folded in from its
+    client index, never from its place in the cohort, so the result depends neither on the order of
+    the cohort nor on the chunk size, up to the order of summation. Where the aggregator folds into
+    a running sum, no stack of messages is kept and temporary memory does not grow with the cohort.
 
     Args:
         local_update: What one client does, `protocol.LocalUpdate`.
@@ -70,18 +75,24 @@ def compose(
             variates, personal parameters); None for none.
         client_weights: `(clients) -> weights`, aggregation weights of all clients, shape
             (clients,). Default: the number of present examples.
+        arrivals: `(cohort, clients, *, key) -> bool (cohort,)`, whose messages arrive, see
+            `availability`; None for all. A member whose message does not arrive has received the
+            params, but counts neither in the aggregate nor in the bytes sent.
+        traffic: Bytes of one client, see `protocol.Traffic`; None for those of the message up and
+            of the params down.
         chunk_size: Clients worked on at once, *static*; None takes
             `execution.default_chunk_size`.
 
     Returns:
         A `protocol.FederatedAlgorithm`. Its `init` takes the params of one model; its RoundInfo has
-        the metrics of the local update, stacked over the cohort, and exact bytes: up those of the
-        message, down those of the params.
+        the metrics of the local update, stacked over the cohort, and exact bytes. Weights are zero
+        where no message arrived.
 
     Raises:
-        ValueError: While tracing, if a param is not float32 or float64, the update does not have
-            the structure, shapes and dtypes of the params, a client state changes its own, the
-            metrics have no scalar `loss`, or a cohort or state does not fit the clients.
+        ValueError: While tracing, if a floating param is not float32 or float64, the update does
+            not have the structure, shapes and dtypes that the server expects, a client state or the
+            server changes those of what it is given, the metrics have no scalar `loss`, or a cohort
+            or state does not fit the clients.
 
     Example:
         >>> import jax
@@ -109,21 +120,22 @@ def compose(
         _checks.check_count("compose", "chunk_size", chunk_size)
 
     def init(params, clients, *, key):
-        del key
         params = jax.tree.map(jnp.asarray, params)
         for leaf in jax.tree.leaves(params):
-            _checks.check_floating("init", params=leaf)
+            if not jnp.issubdtype(leaf.dtype, jnp.integer):
+                _checks.check_floating("init", params=leaf)
         count = clients_.num_clients(clients)
-        update = jax.tree.map(jnp.zeros_like, params)
-        one = ClientMemory(
-            () if client_state is None else client_state(params), compressor.init(update)
-        )
+        own = () if client_state is None else client_state(params)
+        data = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], clients)
+        shapes = jax.eval_shape(lambda *args: local_update(*args, key=key)[0], params, own, data)
+        update = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        one = ClientMemory(own, compressor.init(update))
         return protocol.FederatedState(
             params=params,
             clients=jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), one
             ),
-            server=ServerMemory(aggregator.init(params), server.init(params)),
+            server=ServerMemory(aggregator.init(update), server.init(params)),
             round=jnp.zeros((), jnp.int32),
         )
 
@@ -138,29 +150,40 @@ def compose(
         # With everyone in order no row is gathered, so on sharded clients none has to move.
         direct = clients_.is_everyone(cohort, count) and size % min(chunk, size) == 0
         client_key, server_key = jax.random.split(key)
+        expected = state.params if server.expects is None else server.expects(state.params)
 
-        def one_client(client, memory, data):
+        def one_client(client, memory, here, data):
             if not direct:
                 data = jax.tree.map(lambda leaf: jnp.asarray(leaf)[client], clients)
             keys = jax.random.split(jax.random.fold_in(client_key, client))
             update, local_state, metrics = local_update(
                 state.params, memory.local, data, key=keys[0]
             )
-            protocol.check_like("compose", "update", update, state.params)
             message, compressor_state = compressor.compress(update, memory.compressor, key=keys[1])
+            _check_update(jax.eval_shape(compressor.decompress, message), update, expected)
             new_memory = ClientMemory(local_state, compressor_state)
             protocol.check_like("compose", "client state", new_memory, memory)
-            return message, (new_memory, metrics, compressors.message_bytes(message))
-
-        def decompress(message):
-            update = compressor.decompress(message)
-            protocol.check_like("compose", "decompressed update", update, state.params)
-            return update
+            if traffic is None:
+                up = compressors.message_bytes(message)
+                down = compressors.message_bytes(state.params)
+            else:
+                up = traffic.up(message, state.params, memory.local, data)
+                down = traffic.down(state.params, memory.local, data)
+            if arrivals is not None:
+                up = jnp.where(here, up, 0)
+                new_memory = _choose(here, new_memory, memory)
+            return message, (new_memory, metrics, up, down)
 
         weights = clients_.take(client_weights(clients), cohort)
+        here = jnp.ones(size, bool)
+        if arrivals is not None:
+            here = arrivals(cohort, clients, key=jax.random.fold_in(server_key, 1))
+            _checks.check_mask("compose", here, (size,))
+            weights = jnp.where(here, weights, 0)
         args = (
             jnp.asarray(cohort, jnp.int32),
             clients_.take(state.clients, cohort),
+            here,
             clients if direct else (),
         )
         fold = aggregator.fold
@@ -168,22 +191,23 @@ def compose(
         if fold is None:
             messages, outputs = execution.map_clients(one_client, *args, chunk_size=chunk)
             update, aggregator_state = aggregator.aggregate(
-                messages, weights, aggregator_state, decompress=decompress
+                messages, weights, aggregator_state, decompress=compressor.decompress
             )
         else:
             carry, outputs = execution.fold_clients(
                 one_client,
-                functools.partial(fold.add, decompress=decompress),
-                fold.init(state.params),
+                functools.partial(fold.add, decompress=compressor.decompress),
+                fold.init(expected),
                 weights,
                 *args,
                 chunk_size=chunk,
             )
             update = fold.finish(carry)
-        memory, metrics, uplink_bytes = outputs
+        memory, metrics, uplink_bytes, downlink_bytes = outputs
         params, server_state = server.apply(
             state.params, update, state.server.server, key=server_key
         )
+        protocol.check_like("compose", "params of the server", params, state.params)
         arrived = jnp.sum(weights) > 0
         params, server_memory = _choose(
             arrived,
@@ -194,7 +218,7 @@ def compose(
             losses=protocol.losses("compose", metrics, size),
             weights=weights,
             uplink_bytes=uplink_bytes,
-            downlink_bytes=jnp.full((size,), compressors.message_bytes(state.params)),
+            downlink_bytes=downlink_bytes,
             metrics=metrics,
         )
         clients_memory = clients_.put(state.clients, cohort, memory)
@@ -242,3 +266,13 @@ def with_evaluation(
 
 def _choose(condition, tree, other):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
+
+
+def _check_update(decompressed, update, expected):
+    """Refuse an update that the server does not expect, and say who made it."""
+    same = jax.tree.structure(decompressed) == jax.tree.structure(update) and all(
+        a.shape == jnp.shape(b) and a.dtype == jnp.result_type(b)
+        for a, b in zip(jax.tree.leaves(decompressed), jax.tree.leaves(update), strict=True)
+    )
+    name = "update" if same else "decompressed update"
+    protocol.check_like("compose", name, decompressed, expected)

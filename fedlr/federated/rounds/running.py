@@ -1,5 +1,7 @@
 """Run many rounds in one scan."""
 
+from typing import cast
+
 import jax
 import numpy as np
 from jax import lax
@@ -88,7 +90,8 @@ def one_round(
     cohort_key, round_key = jax.random.split(jax.random.fold_in(key, state.round))
     count = clients_.num_clients(clients)
     if cohort_size is None:
-        cohort = np.arange(count, dtype=np.int32)
+        # A NumPy array, so that `is_everyone` sees its values while tracing.
+        cohort = cast(Array, np.arange(count, dtype=np.int32))
     else:
         cohort = clients_.sample_cohort(count, cohort_size, key=cohort_key)
     return algorithm.round(state, clients, cohort, key=round_key)

@@ -1,42 +1,23 @@
-"""What one client does between receiving and sending: the local updates.
-
-A local update is `(params, client_state, data, *, key) -> (update, client_state, metrics)`, written
-for ONE client: no leaf of `data` has a client axis.
-"""
+"""The local updates of reconstruction: gradient steps on a data misfit."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from fedlr import _checks, _precision, masking, operators
 from fedlr.federated import protocol
 
 __all__ = [
-    "LocalMetrics",
     "ReconstructionMetrics",
     "gradient_step",
     "initial_step_size",
-    "local_sgd",
     "operator_norm",
     "projected_gradient",
 ]
-
-
-class LocalMetrics(NamedTuple):
-    """Record of a local training.
-
-    Attributes:
-        loss: Loss at the received params, on the first batch, shape ().
-        num_examples: Number of present examples, int32, shape ().
-    """
-
-    loss: Float[Array, ""]
-    num_examples: Int[Array, ""]
 
 
 class ReconstructionMetrics(NamedTuple):
@@ -49,105 +30,6 @@ class ReconstructionMetrics(NamedTuple):
 
     loss: Float[Array, ""]
     residual_norm: Float[Array, ""]
-
-
-def local_sgd(
-    loss: Callable[[PyTree, PyTree, Array], Float[Array, ""]],
-    optimizer: optax.GradientTransformation,
-    *,
-    num_steps: int,
-    batch_size: int | None = None,
-) -> protocol.LocalUpdate:
-    """Build local training: `num_steps` of any optax optimizer on the client's own data.
-
-        y_0 = x,   y_{t+1} = y_t - optimizer(grad mean_{b in B_t} loss(y_t, b)),   update = y_T - x
-
-    Batches read one random order of the client's present examples, over and over, so that every
-    client does the same number of steps without wasting work on padding; a client with fewer
-    examples than `batch_size` uses all of them in every step. The optimizer starts afresh in every
-    round. A client without any example sends zeros. Masked examples may hold anything.
-
-    Args:
-        loss: Loss of one example ``(params, inputs, target) -> scalar``.
-        optimizer: Any optax optimizer.
-        num_steps: Number of local steps, *static*.
-        batch_size: Examples per step, *static*; None takes all examples in every step.
-
-    Returns:
-        A local update for `protocol.ClientData` whose inputs and targets have a leading axis of
-        examples and whose mask has shape (samples,). Its metrics are `LocalMetrics`; the client
-        state is passed through.
-
-    Raises:
-        ValueError: If `num_steps` or `batch_size` is not a positive integer; while tracing, if the
-            mask is not bool of shape (samples,).
-
-    Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> from fedlr.federated import local, protocol
-        >>> mask = jnp.array([True, False])
-        >>> data = protocol.ClientData(jnp.ones((2, 1)), jnp.array([1.0, 9.0]), mask)
-        >>> update = local.local_sgd(
-        ...     lambda w, x, y: jnp.sum(w * x - y) ** 2 / 2, optax.sgd(0.5), num_steps=1
-        ... )
-        >>> update(jnp.zeros(1), (), data, key=jax.random.key(0))[0]
-        Array([0.5], dtype=float32)
-
-    Reference:
-        McMahan et al. 2017, arXiv 1602.05629, Algorithm 1, ClientUpdate. There a client runs whole
-        epochs; here all clients run the same number of steps and the weights stay n_k.
-    """
-    _checks.check_count("local_sgd", "num_steps", num_steps)
-    if batch_size is not None:
-        _checks.check_count("local_sgd", "batch_size", batch_size)
-
-    def update(params, client_state, data, *, key):
-        (num_samples,) = data.targets.shape[:1]
-        _checks.check_mask("local_sgd", data.mask, (num_samples,))
-        count = jnp.sum(data.mask, dtype=jnp.int32)
-        if batch_size is None:
-            rank = jnp.zeros(num_samples, jnp.float32)
-        else:
-            rank = jax.random.uniform(key, (num_samples,), jnp.float32)
-        # Present examples first (the sort is stable, so a full batch keeps its order).
-        order = jnp.argsort(jnp.where(data.mask, rank, jnp.inf)).astype(jnp.int32)
-        slots = jnp.arange(num_samples if batch_size is None else min(batch_size, num_samples))
-        slots = slots.astype(jnp.int32)
-        valid = slots < count
-
-        def rows(t):
-            # Slots beyond the client's examples repeat a present one: no masked value is read.
-            chosen = order[(t * slots.size + slots) % jnp.maximum(count, 1)]
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (data.inputs, data.targets))
-
-        def mean_loss(params, batch):
-            losses = jax.vmap(loss, in_axes=(None, 0, 0))(params, *batch)
-            total = jnp.sum(jnp.where(valid, losses, 0.0))
-            return total / jnp.maximum(jnp.sum(valid, dtype=losses.dtype), 1.0)
-
-        everything = rows(jnp.int32(0)) if batch_size is None else None
-
-        def step(carry, t):
-            current, optimizer_state = carry
-            batch = rows(t) if everything is None else everything
-            value, gradient = jax.value_and_grad(mean_loss)(current, batch)
-            # optax mixes its int32 step count with floats, which strict promotion refuses.
-            with jax.numpy_dtype_promotion("standard"):
-                step_update, optimizer_state = optimizer.update(gradient, optimizer_state, current)
-            return (optax.apply_updates(current, step_update), optimizer_state), value
-
-        carry = (params, optimizer.init(params))
-        (trained, _), values = lax.scan(step, carry, jnp.arange(num_steps, dtype=jnp.int32))
-        present = count > 0
-        difference = jax.tree.map(
-            lambda new, old: jnp.where(present, new - old, jnp.zeros_like(old)), trained, params
-        )
-        metrics = LocalMetrics(jnp.where(present, values[0], jnp.zeros_like(values[0])), count)
-        return difference, client_state, metrics
-
-    return update
 
 
 @_precision.highest
