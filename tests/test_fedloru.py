@@ -9,7 +9,7 @@ import pytest
 
 from fedlr import federated, lowrank
 from fedlr.algorithms import fedloru
-from fedlr.federated import local, protocol, servers
+from fedlr.federated import aggregators, local, protocol, servers, traffic
 
 NUM_CLIENTS, SAMPLES = 5, 6
 PAIR, WHOLE, REST = 2 * (8 + 12), 8 * 12, 8  # numbers
@@ -137,6 +137,19 @@ def test_one_round_is_the_mean_of_factors():
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_measured_mean_of_values_is_the_mean_of_differences():
+    state = start_of(algorithm(2))
+    expected, _ = runner(2, num_rounds=3)(state, jax.random.key(4))
+    training = local.Training(optax.sgd(0.2, momentum=0.5), 3, 4)
+    measured = aggregators.measured_factor_mean()
+    built = fedloru.assemble(loss, training, settings(2), aggregator=measured)
+    run = jax.jit(lambda state: federated.run(built, state, data(), num_rounds=3, key=key)[0])
+    key = jax.random.key(4)
+    found = run(start_of(built))
+    np.testing.assert_allclose(matrix(found), matrix(expected), rtol=1e-10, atol=1e-13)
+    assert 0 < found.server.aggregator["matrix"] < 1
+
+
 def test_factored_and_merged_forms_agree():
     state = start_of(algorithm(2))
     merged, _ = runner(2, num_rounds=3)(state, jax.random.key(4))
@@ -188,7 +201,7 @@ def test_expected_catch_up_is_the_formula():
     params = lowrank.adapt(jnp.zeros((400, 400)), 2, key=jax.random.key(0))
     bytes_of = jax.jit(
         jax.vmap(
-            lambda t, last: fedloru._catch_up(params._replace(round=t), last, every),
+            lambda t, last: traffic.accumulated(params._replace(round=t), last, every),
             in_axes=(0, 0),
         )
     )

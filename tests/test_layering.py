@@ -17,6 +17,7 @@ FLOORS = {
     "_fourier": 1,
     "_joseph": 1,
     "_transpose": 1,
+    "convolution": 1,
     "iteration": 1,
     "masking": 1,
     "multilinear": 1,

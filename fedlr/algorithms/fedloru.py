@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from fedlr import _checks, lowrank
-from fedlr.federated import aggregators, compressors, local, protocol, rounds, servers
+from fedlr.federated import aggregators, compressors, local, protocol, rounds, servers, traffic
 
 __all__ = ["Metrics", "Settings", "assemble", "build", "merged_params", "paper_code"]
 
@@ -219,7 +218,8 @@ def assemble(
         training: The optimizer, steps and batches.
         settings: Ranks, accumulation and starts.
         form: `lowrank.merge`, or `lowrank.apply` for models that use their matrices by ``@``.
-        aggregator: How factors are joined; None for their weighted mean.
+        aggregator: How the *values* of factors and full leaves are joined, e.g.
+            `aggregators.measured_factor_mean`; None for their weighted mean.
         chunk_size: Clients worked on at once, *static*.
 
     Returns:
@@ -244,35 +244,31 @@ def assemble(
     """
     every = settings.accumulate_every
     train = local.local_low_rank(loss, training, form=form)
+    server = servers.accumulate_low_rank(every, restart=settings.restart, start=settings.start)
+    if aggregator is not None:
+        train, server = local.trained_values(train), servers.of_values(server)
 
-    def local_update(params, client_state, data, *, key):
+    def recorded(params, client_state, data, *, key):
         update, _, metrics = train(params, (), data, key=key)
-        missed = _catch_up(params, client_state, every)
+        missed = traffic.accumulated(params, client_state, every)
         record = Metrics(metrics.loss, metrics.num_examples, metrics.num_steps, missed)
         return update, params.round, record
 
-    def up(message, params, last_round, data):
-        del params, last_round, data
-        return compressors.message_bytes(message)
-
-    def down(params, last_round, data):
-        del data
-        sent = compressors.message_bytes(lowrank.trainable(params))
-        return sent + _catch_up(params, last_round, every)
-
     composed = rounds.compose(
-        local_update,
+        recorded,
         compressor=compressors.identity(),
         aggregator=aggregators.weighted_mean() if aggregator is None else aggregator,
-        server=servers.accumulate_low_rank(every, restart=settings.restart, start=settings.start),
-        client_state=lambda params: jnp.full_like(params.round, -1),
-        traffic=protocol.Traffic(up, down),
+        server=server,
+        client_state=traffic.never,
+        traffic=traffic.factors(
+            catch_up=lambda params, last_round: traffic.accumulated(params, last_round, every)
+        ),
         chunk_size=chunk_size,
     )
 
-    def init(params, clients, *, key):
+    def prepare(params, *, key):
         model = lowrank.adapt(
-            jax.tree.map(jnp.asarray, params),
+            params,
             settings.rank,
             key=key,
             where=settings.where,
@@ -283,9 +279,9 @@ def assemble(
             full = lowrank.rest(model.base, model.factors)
             zeros = jax.tree.map(jnp.zeros_like, model.base)
             model = model._replace(base=lowrank.replace_rest(zeros, full))
-        return composed.init(model, clients, key=key)
+        return model
 
-    return protocol.FederatedAlgorithm(init, composed.round)
+    return rounds.prepared(composed, prepare)
 
 
 def merged_params(state: protocol.FederatedState) -> PyTree:
@@ -308,26 +304,3 @@ def merged_params(state: protocol.FederatedState) -> PyTree:
         True
     """
     return lowrank.merge(state.params.base, state.params.factors)
-
-
-def _catch_up(params: lowrank.Adapted, last_round: Array, every: int | None) -> Array:
-    """Count the bytes of the pairs that were merged since a client last received the model.
-
-    In the round after an accumulation the merged pair takes the place of the present one, which is
-    a seed then (or the same pair). Per leaf, W is sent instead where that is smaller.
-    """
-    if every is None:
-        return jnp.zeros((), jnp.int32)
-    missed = params.round // every - jnp.maximum(last_round, 0) // every
-    is_after = (params.round % every == 0) & (params.round > 0)
-    total = jnp.zeros((), jnp.int32)
-    leaves, structure = jax.tree.flatten(params.base)
-    for leaf, update in zip(leaves, structure.flatten_up_to(params.factors), strict=True):
-        if update is None:
-            continue
-        pair, whole = lowrank.num_bytes(update), leaf.size * leaf.dtype.itemsize
-        # No product may leave int32.
-        most = np.int32(min(whole // pair + 1, np.iinfo(np.int32).max // pair))
-        pairs = jnp.minimum(jnp.minimum(missed, most) * pair, whole)
-        total = total + jnp.where(is_after & (missed > 0), pairs - pair, pairs)
-    return total.astype(jnp.int32)

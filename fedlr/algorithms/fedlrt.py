@@ -248,13 +248,10 @@ def _is_bases(node):
     return isinstance(node, Bases)
 
 
-def _map_bases(function, params, *others):
+def _map_bases(function, params):
     """Map over the bases; the other leaves stay."""
     return jax.tree.map(
-        lambda node, *rest: function(node, *rest) if _is_bases(node) else node,
-        params,
-        *others,
-        is_leaf=_is_bases,
+        lambda node: function(node) if _is_bases(node) else node, params, is_leaf=_is_bases
     )
 
 

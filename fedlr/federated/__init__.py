@@ -11,11 +11,13 @@ from fedlr.federated import (
     execution,
     local,
     partition,
+    products,
     protocol,
     ranks,
     rounds,
     servers,
     stopping,
+    traffic,
 )
 from fedlr.federated.rounds import compose, run, scheduled, simulate, with_evaluation
 
@@ -31,6 +33,7 @@ __all__ = [
     "execution",
     "local",
     "partition",
+    "products",
     "protocol",
     "ranks",
     "rounds",
@@ -39,5 +42,6 @@ __all__ = [
     "servers",
     "simulate",
     "stopping",
+    "traffic",
     "with_evaluation",
 ]
