@@ -311,7 +311,9 @@ def hessians(size: str) -> Rows:
     def measure(params, data, key):
         everyone = jnp.ones(len(images.train_labels), bool)
         server = spectrum(params, images.train_images, images.train_labels, everyone, key)
-        own = jax.lax.map(lambda one: spectrum(params, *one, key), tuple(data))
+        own = jax.lax.map(
+            lambda one: spectrum(params, one.inputs, one.targets, one.mask, key), data
+        )
         gradients = jax.vmap(jax.grad(of_data), in_axes=(None, 0, 0, 0))(params, *data)
         matrices = [gradient[0] for gradient in gradients[:2]]
         alike = {"full": curvature.gradient_similarity(matrices)}

@@ -2,6 +2,7 @@
 
 from fedlr import (
     algorithms,
+    convolution,
     cp,
     curvature,
     datasets,
@@ -25,6 +26,7 @@ from fedlr import (
 
 __all__ = [
     "algorithms",
+    "convolution",
     "cp",
     "curvature",
     "datasets",

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 from fedlr.federated import local, protocol
 from tests.reference import rounds as reference
@@ -233,3 +234,22 @@ def test_data_that_do_not_fit_the_forward_model_are_refused(data, weights, key):
         step(image=jnp.ones(3, jnp.int32))
     with pytest.raises(ValueError, match=r"operator_norm: got num_iters 0"):
         local.operator_norm(apply_rows, data, weights, key=key, num_iters=0)
+
+
+def test_convolutions_in_the_loop_of_a_cpu_go_by_patches():
+    def loss(kernel, image, target):
+        return jnp.mean((lax.conv(image[None], kernel, (1, 1), "SAME")[0] - target) ** 2)
+
+    images = jax.random.normal(jax.random.key(0), (4, 2, 6, 5))
+    data = protocol.ClientData(images, images[:, :1], jnp.ones(4, bool))
+    kernel = jnp.ones((1, 2, 3, 3)) / 18
+    update = local.local_sgd(loss, optax.sgd(0.1), num_steps=3)
+    step = jax.jit(lambda kernel, data: update(kernel, (), data, key=jax.random.key(1))[0])
+    program = step.lower(kernel, data).compile()
+    assert " convolution(" not in program.as_text()
+    expected = kernel
+    for _ in range(3):
+        batch = jax.vmap(loss, in_axes=(None, 0, 0))
+        slope = jax.grad(lambda k, batch=batch: jnp.mean(batch(k, images, images[:, :1])))(expected)
+        expected = expected - 0.1 * slope
+    np.testing.assert_allclose(program(kernel, data), expected - kernel, rtol=1e-10, atol=1e-13)

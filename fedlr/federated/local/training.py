@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from fedlr import _checks
+from fedlr import _checks, convolution
 from fedlr.federated import protocol
 
 __all__ = [
@@ -136,7 +136,8 @@ def train(
     Batches read one random order of the client's present examples, over and over, so that every
     client does the same number of steps without wasting work on padding; a client with fewer
     examples than the batch size uses all of them in every step. Masked examples may hold anything.
-    Without any example nothing moves.
+    Without any example nothing moves. On a CPU convolutions of the loss go by patches, see
+    `convolution.for_loops`.
 
     Args:
         loss: Loss of a batch ``(params, inputs, targets, valid) -> scalar``, see `mean_loss`. Rows
@@ -192,9 +193,12 @@ def train(
         chosen = order[(t * slots.size + slots) % jnp.maximum(count, 1)]
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (data.inputs, data.targets))
 
+    # The steps are a loop, in which XLA's own convolutions are slow on a CPU.
+    of_batch = convolution.for_loops(loss)
+
     def objective(params, batch):
         inputs, targets = batch
-        value = loss(params, inputs, targets, valid)
+        value = of_batch(params, inputs, targets, valid)
         return value if extra is None else value + extra(params), value
 
     everything = rows(jnp.int32(0)) if batch_size is None else None
