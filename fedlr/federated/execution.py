@@ -140,13 +140,18 @@ def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
 
     if num_chunks == 1:
         return step(carry, args)
-    args = jax.tree.map(lambda leaf: leaf.reshape(chunk, num_chunks, *leaf.shape[1:]), args)
+    if chunk > 1:
+        args = jax.tree.map(lambda leaf: leaf.reshape(chunk, num_chunks, *leaf.shape[1:]), args)
+
+    def row(leaf, j):
+        # Without the new axis: where the data has axes of length one too, XLA would change its
+        # layout for it, and so copy all of it.
+        if chunk == 1:
+            return lax.dynamic_slice_in_dim(leaf, j, 1)
+        return lax.dynamic_index_in_dim(leaf, j, axis=1, keepdims=False)
 
     def body(carry, j):
-        rows = jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, j, axis=1, keepdims=False), args
-        )
-        return step(carry, rows)
+        return step(carry, jax.tree.map(lambda leaf: row(leaf, j), args))
 
     carry, outputs = lax.scan(body, carry, jnp.arange(num_chunks, dtype=jnp.int32))
     outputs = jax.tree.map(
