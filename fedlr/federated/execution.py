@@ -140,14 +140,13 @@ def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
 
     if num_chunks == 1:
         return step(carry, args)
-    if chunk > 1:
-        args = jax.tree.map(lambda leaf: leaf.reshape(chunk, num_chunks, *leaf.shape[1:]), args)
 
     def row(leaf, j):
-        # Without the new axis: where the data has axes of length one too, XLA would change its
-        # layout for it, and so copy all of it.
+        # Outside of the scan, and with a new axis of length one, the reshaping would let XLA change
+        # the layout of data that has such axes itself, and so copy all of it.
         if chunk == 1:
             return lax.dynamic_slice_in_dim(leaf, j, 1)
+        leaf = leaf.reshape(chunk, num_chunks, *leaf.shape[1:])
         return lax.dynamic_index_in_dim(leaf, j, axis=1, keepdims=False)
 
     def body(carry, j):
