@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedlr import _checks
 
-__all__ = ["deadline", "dropout", "first_arrivals", "round_times"]
+__all__ = ["Arrivals", "deadline", "dropout", "first_arrivals", "round_times"]
 
+# Whose messages arrive: `(cohort, clients, *, key) -> bool (cohort,)`.
 Arrivals = Callable[..., Bool[Array, " cohort"]]
 
 

@@ -6,16 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from fedlr import _checks
+from fedlr.federated import availability, compressors, execution, protocol
 from fedlr.federated import clients as clients_
-from fedlr.federated import compressors, execution, protocol
 
 __all__ = ["ClientMemory", "ServerMemory", "compose", "with_evaluation"]
-
-# Whose messages arrive: `(cohort, clients, *, key) -> bool (cohort,)`.
-Arrivals = Callable[..., Bool[Array, " cohort"]]
 
 
 class ClientMemory(NamedTuple):
@@ -50,7 +47,7 @@ def compose(
     server: protocol.ServerUpdate,
     client_state: Callable[[PyTree], PyTree] | None = None,
     client_weights: Callable[[PyTree], Float[Array, " clients"]] = clients_.num_examples,
-    arrivals: Arrivals | None = None,
+    arrivals: availability.Arrivals | None = None,
     traffic: protocol.Traffic | None = None,
     chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
