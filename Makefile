@@ -47,4 +47,4 @@ lint:
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(VENV).lock out build dist
+	rm -rf $(VENV) $(VENV).lock .pytest_cache out build dist

@@ -1,3 +1,13 @@
+import os
+
+# Compiling is what the tests cost. LLVM's optimizations are a third of that; the benchmarks run
+# with them. And what is compiled once serves both workers, the notebooks, the README and the next
+# run; `pytest --cache-clear` forgets it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.getcwd()}/.pytest_cache/d/programs")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +15,13 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Free the programs of a module: each keeps pages mapped, and a process may have 65530 maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
