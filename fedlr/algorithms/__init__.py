@@ -2,6 +2,7 @@
 
 from fedlr.algorithms import (
     comp_jf,
+    fdrmfl,
     fedavg,
     fedex_lora,
     fedhm,
@@ -17,6 +18,7 @@ from fedlr.algorithms import (
     local_only,
     low_rank_descent,
     mfedloru,
+    moon,
     pfedloru,
     rolora,
     scaffold,
@@ -25,6 +27,7 @@ from fedlr.algorithms import (
 
 __all__ = [
     "comp_jf",
+    "fdrmfl",
     "fedavg",
     "fedex_lora",
     "fedhm",
@@ -40,6 +43,7 @@ __all__ = [
     "local_only",
     "low_rank_descent",
     "mfedloru",
+    "moon",
     "pfedloru",
     "rolora",
     "scaffold",

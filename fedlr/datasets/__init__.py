@@ -6,7 +6,15 @@ for the kernels. Where the files are looked for says `fedlr.datasets.files`.
 
 from fedlr.datasets.files import search_folders
 from fedlr.datasets.images import Images, cifar10, cifar100, digits, fashion_mnist
-from fedlr.datasets.spectra import TECATOR_NOTE, Tecator, distinct_samples, tecator
+from fedlr.datasets.spectra import (
+    TECATOR_NOTE,
+    Corn,
+    Tecator,
+    corn,
+    distinct_samples,
+    spectral_ranges,
+    tecator,
+)
 from fedlr.datasets.tensors import (
     AminoAcids,
     CovidSerology,
@@ -19,6 +27,7 @@ from fedlr.datasets.tensors import (
 __all__ = [
     "TECATOR_NOTE",
     "AminoAcids",
+    "Corn",
     "CovidSerology",
     "Il2Response",
     "Images",
@@ -26,11 +35,13 @@ __all__ = [
     "amino_acids",
     "cifar10",
     "cifar100",
+    "corn",
     "covid_serology",
     "digits",
     "distinct_samples",
     "fashion_mnist",
     "il2_response",
     "search_folders",
+    "spectral_ranges",
     "tecator",
 ]

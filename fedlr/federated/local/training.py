@@ -7,7 +7,7 @@ of the loss before the optimizer sees it.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,13 @@ class LocalMetrics(NamedTuple):
         loss: Loss at the received params, on the first batch, shape ().
         num_examples: Number of present examples, int32, shape ().
         num_steps: Number of steps done, int32, shape ().
+        aux: What else the loss returned with that value; () where it returns nothing else.
     """
 
     loss: Float[Array, ""]
     num_examples: Int[Array, ""]
     num_steps: Int[Array, ""]
+    aux: PyTree = ()
 
 
 def epochs(count: int, batch_size: int) -> Callable[[Int[Array, ""]], Int[Array, ""]]:
@@ -120,13 +122,14 @@ def mean_loss(
 
 
 def train(
-    loss: Callable[[PyTree, PyTree, Array, Array], Float[Array, ""]],
+    loss: Callable[[PyTree, PyTree, Array, Array], Any],
     start: PyTree,
     data: protocol.ClientData,
     training: Training,
     *,
     key: Key[Array, ""],
     extra: Callable[[PyTree], Float[Array, ""]] | None = None,
+    has_aux: bool = False,
     function: str = "train",
 ) -> tuple[PyTree, LocalMetrics]:
     """Train on the data of ONE client; the loop of all local updates.
@@ -149,6 +152,8 @@ def train(
         training: The optimizer, steps and batches.
         key: Random key; only the order of the batches depends on it.
         extra: Term added to the loss, ``(params) -> scalar``; it is not part of the recorded loss.
+        has_aux: Whether the loss returns ``(value, aux)`` with a pytree `aux` of arrays to record.
+            *Static.*
         function: Name that the messages of errors begin with.
 
     Returns:
@@ -194,33 +199,40 @@ def train(
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (data.inputs, data.targets))
 
     # The steps are a loop, in which XLA's own convolutions are slow on a CPU.
-    of_batch = convolution.for_loops(loss)
+    of_batch = convolution.for_loops(loss if has_aux else _without_aux(loss))
 
     def objective(params, batch):
         inputs, targets = batch
-        value = of_batch(params, inputs, targets, valid)
-        return value if extra is None else value + extra(params), value
+        value, aux = of_batch(params, inputs, targets, valid)
+        return value if extra is None else value + extra(params), (value, aux)
 
     everything = rows(jnp.int32(0)) if batch_size is None else None
 
     def step(carry, t):
         current, optimizer_state = carry
         batch = rows(t) if everything is None else everything
-        (_, value), gradient = jax.value_and_grad(objective, has_aux=True)(current, batch)
+        (_, record), gradient = jax.value_and_grad(objective, has_aux=True)(current, batch)
         # optax mixes its int32 step count with floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             update, new_state = optimizer.update(gradient, optimizer_state, current)
         moved = (optax.apply_updates(current, update), new_state)
         if active_steps is not None:
             moved = jax.tree.map(lambda new, old: jnp.where(t < limit, new, old), moved, carry)
-        return moved, value
+        return moved, record
 
     carry = (start, optimizer.init(start))
-    (trained, _), values = lax.scan(step, carry, jnp.arange(num_steps, dtype=jnp.int32))
+    (trained, _), records = lax.scan(step, carry, jnp.arange(num_steps, dtype=jnp.int32))
     present = count > 0
     trained = jax.tree.map(lambda new, old: jnp.where(present, new, old), trained, start)
-    value = jnp.where(present, values[0], jnp.zeros_like(values[0]))
-    return trained, LocalMetrics(value, count, limit)
+    value, aux = jax.tree.map(lambda x: jnp.where(present, x[0], jnp.zeros_like(x[0])), records)
+    return trained, LocalMetrics(value, count, limit, aux)
+
+
+def _without_aux(loss):
+    def with_nothing(*args):
+        return loss(*args), ()
+
+    return with_nothing
 
 
 def local_sgd(

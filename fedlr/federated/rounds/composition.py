@@ -146,7 +146,7 @@ def compose(
         chunk = execution.default_chunk_size() if chunk_size is None else chunk_size
         # With everyone in order no row is gathered, so on sharded clients none has to move.
         direct = clients_.is_everyone(cohort, count) and size % min(chunk, size) == 0
-        client_key, server_key = jax.random.split(key)
+        client_key, server_key, arrival_key = jax.random.split(key, 3)
         expected = state.params if server.expects is None else server.expects(state.params)
 
         def one_client(client, memory, here, data):
@@ -174,7 +174,7 @@ def compose(
         weights = clients_.take(client_weights(clients), cohort)
         here = jnp.ones(size, bool)
         if arrivals is not None:
-            here = arrivals(cohort, clients, key=jax.random.fold_in(server_key, 1))
+            here = arrivals(cohort, clients, key=arrival_key)
             _checks.check_mask("compose", here, (size,))
             weights = jnp.where(here, weights, 0)
         args = (
