@@ -25,6 +25,7 @@ __all__ = [
     "apply",
     "both_random",
     "dense_delta",
+    "detach",
     "first_columns",
     "init",
     "is_matrix",
@@ -481,6 +482,55 @@ def dense_delta(factors: PyTree) -> PyTree:
         Array([[1., 1.]], dtype=float32)
     """
     return jax.tree.map(_dense, factors, is_leaf=_is_update)
+
+
+@_precision.highest
+def detach(params: PyTree, base: PyTree, factors: PyTree, *, rank: int) -> Trainable:
+    """Take off what training has added to a model, as low-rank updates of it.
+
+    This is the detachable adapter of a fine-tuned model. k rounds of merging updates of rank r
+    change a matrix by one of rank k r at most, so that with ``rank`` k r or more the adapter is the
+    list of the merged pairs up to rounding; with less it is the best one of that rank.
+    ``merge(replace_rest(base, adapter.rest), adapter.factors)`` puts it on again.
+
+    Args:
+        params: The trained model, as from `merge`.
+        base: The model that training started from.
+        factors: Low-rank updates that tell which leaves are factorized; their values are not read.
+        rank: Rank of the adapter, *static*; cut to the size of a smaller leaf.
+
+    Returns:
+        The factors of the changes, and the other leaves of the trained model.
+
+    Raises:
+        ValueError: If the rank is not a positive integer, or an update does not fit its leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr import lowrank
+        >>> base = jnp.ones((4, 3))
+        >>> update = lowrank.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)))
+        >>> adapter = lowrank.detach(lowrank.merge(base, update), base, update, rank=1)
+        >>> lowrank.merge(base, adapter.factors)[0].round(4)
+        Array([2., 2., 2.], dtype=float32)
+
+    Reference:
+        Park and Klabjan 2024, arXiv 2409.12371, on fine-tuning, where the pairs are kept apart.
+    """
+    _checks.check_count("detach", "rank", rank)
+
+    def of_leaf(change, update):
+        if update is None:
+            return None
+        _check_fits("detach", change, update)
+        left, values, right = jnp.linalg.svd(
+            change.reshape(_matrix_shape(change)), full_matrices=False
+        )
+        roots = jnp.sqrt(values[:rank])
+        return LowRank(left[:, :rank] * roots[None], roots[:, None] * right[:rank])
+
+    changes = jax.tree.map(jnp.subtract, params, base)
+    return Trainable(_map(of_leaf, changes, factors), rest(params, factors))
 
 
 def map_updates(function: Callable[..., Any], factors: PyTree, *others: PyTree) -> PyTree:

@@ -1,10 +1,13 @@
 import os
+import platform
 
 # Compiling is what the tests cost. LLVM's optimizations are a third of that; the benchmarks run
 # with them. And what is compiled once serves both workers, the notebooks, the README and the next
-# run; `pytest --cache-clear` forgets it.
+# run on the same machine; `pytest --cache-clear` forgets it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.getcwd()}/.pytest_cache/d/programs")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{os.getcwd()}/.pytest_cache/d/programs-{platform.node()}"
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

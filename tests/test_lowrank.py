@@ -151,3 +151,31 @@ def test_what_cannot_be_factorized_is_refused():
     for function in (lowrank.merge, lowrank.apply):
         with pytest.raises(ValueError, match=r": got factors of shapes \(7, 2\) and \(2, 9\)"):
             function(jnp.ones((7, 8)), update)
+
+
+def test_a_detached_adapter_is_the_sum_of_the_merged_pairs():
+    base = trained = model()
+    for seed in range(2):
+        factors = lowrank.init(
+            base, 2, key=jax.random.key(seed), start=lowrank.both_random, alpha=3.0
+        )
+        trained = lowrank.merge(trained, factors)
+    trained = trained | {"bias": trained["bias"] + 1.0}
+    adapter = lowrank.detach(trained, base, factors, rank=4)
+    assert adapter.factors["matrix"].rank == 4
+    assert adapter.factors["bias"] is None
+    attached = lowrank.merge(lowrank.replace_rest(base, adapter.rest), adapter.factors)
+    for name, leaf in trained.items():
+        np.testing.assert_allclose(attached[name], leaf, atol=1e-13)
+    # Of a lower rank it is the best approximation (Eckart and Young).
+    change = np.asarray(trained["matrix"] - base["matrix"])
+    lower = lowrank.detach(trained, base, factors, rank=1).factors["matrix"]
+    error = np.linalg.norm(change - lower.up @ lower.down)
+    left_out = np.linalg.svd(change, compute_uv=False)[1:]
+    np.testing.assert_allclose(error, np.linalg.norm(left_out), rtol=1e-12)
+
+
+def test_detaching_refuses_a_rank_below_one():
+    base = model()
+    with pytest.raises(ValueError, match="detach: got rank 0, expected an integer from 1"):
+        lowrank.detach(base, base, factors_of(base), rank=0)
