@@ -57,6 +57,12 @@ def check_non_negative(function: str, name: str, value: float | Array) -> None:
         raise fail(function, f"{name} {value}", "a non-negative number")
 
 
+def check_positive(function: str, name: str, value: float | Array) -> None:
+    """Refuse a concrete number that is not above 0; tracers pass."""
+    if not isinstance(value, core.Tracer) and not np.all(np.asarray(value) > 0):
+        raise fail(function, f"{name} {value}", "a positive number")
+
+
 def check_fraction(function: str, name: str, value: float) -> None:
     """Refuse a Python number that is not within 0 and 1."""
     if not 0.0 <= value <= 1.0:

@@ -214,7 +214,7 @@ def test_stragglers_are_those_beyond_the_deadline_or_the_count():
 
 
 def test_what_is_no_number_in_range_is_refused():
-    with pytest.raises(ValueError, match=r"build: got learning_rate 0, expected a number above 0"):
+    with pytest.raises(ValueError, match=r"build: got learning_rate 0, expected a positive number"):
         scaffold.build(squared_error, 0, num_steps=1)
     with pytest.raises(ValueError, match=r"momentum_weight: got momentum 1.0, expected"):
         fednova.build(squared_error, plan(1), momentum=1.0)

@@ -80,8 +80,7 @@ def build(
         (Array(2., dtype=float32), Array([8, 8], dtype=int32))
     """
     _checks.check_count("build", "num_steps", num_steps)
-    if not learning_rate > 0:
-        raise _checks.fail("build", f"learning_rate {learning_rate}", "a number above 0")
+    _checks.check_positive("build", "learning_rate", learning_rate)
     training = local.Training(optax.sgd(learning_rate), num_steps, batch_size)
     of_batch = local.mean_loss(loss)
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import core
 from jaxtyping import Array, Bool, Float
 
 from fedlr import _checks, _precision, masking
@@ -381,5 +379,4 @@ def _check_dtype(function: str, first: Array, second: Array) -> None:
 def _check_temperature(function: str, temperature: Any) -> None:
     """Refuse a concrete temperature that is no positive scalar; tracers pass."""
     _checks.check_ndim(function, "temperature", temperature, 0)
-    if not isinstance(temperature, core.Tracer) and not np.asarray(temperature) > 0:
-        raise _checks.fail(function, f"temperature {temperature}", "a positive number")
+    _checks.check_positive(function, "temperature", temperature)

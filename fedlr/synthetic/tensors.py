@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
 from jaxtyping import Array, Bool, Float, Key
 
 from fedlr import _checks
@@ -282,5 +281,4 @@ def _check_design(function, shapes, snr, dtype):
     if dtype not in (jnp.float32, jnp.float64):
         raise _checks.fail(function, f"dtype {dtype!r}", "float32 or float64")
     _checks.check_ndim(function, "snr", jnp.asarray(snr), 0)
-    if not isinstance(snr, core.Tracer) and not snr > 0:
-        raise _checks.fail(function, f"snr {snr}", "a positive number")
+    _checks.check_positive(function, "snr", snr)

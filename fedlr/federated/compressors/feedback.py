@@ -85,8 +85,7 @@ def scaled(compressor: protocol.Compressor, factor: float) -> protocol.Compresso
         Beznosikov et al. 2020, arXiv 2002.12410, on scaling unbiased compressors.
     """
     _check_compressor("scaled", compressor)
-    if not factor > 0:
-        raise _checks.fail("scaled", f"factor {factor}", "a positive number")
+    _checks.check_positive("scaled", "factor", factor)
 
     def decompress(message):
         return jax.tree.map(lambda leaf: factor * leaf, compressor.decompress(message))

@@ -109,12 +109,6 @@ def generator(function: str, seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def check_positive(function: str, name: str, value: float) -> None:
-    """Refuse what is not positive, NaN too; infinity passes."""
-    if not value > 0:
-        raise _checks.fail(function, f"{name} {value}", "a positive number")
-
-
 def check_clients(function: str, num_clients: int, num_examples: int, min_size: int = 1) -> None:
     """Refuse numbers of clients for which there are not enough examples."""
     _checks.check_count(function, "num_examples", num_examples)

@@ -45,7 +45,7 @@ def dirichlet(
     """
     classes, num_classes = _assignment.number_classes("dirichlet", labels)
     _assignment.check_clients("dirichlet", num_clients, len(classes), min_size)
-    _assignment.check_positive("dirichlet", "alpha", alpha)
+    _checks.check_positive("dirichlet", "alpha", alpha)
     rng = _assignment.generator("dirichlet", seed)
     table = np.stack(
         [
@@ -98,7 +98,7 @@ def dirichlet_clients(
     """
     classes, num_classes = _assignment.number_classes("dirichlet_clients", labels)
     _assignment.check_clients("dirichlet_clients", num_clients, len(classes))
-    _assignment.check_positive("dirichlet_clients", "alpha", alpha)
+    _checks.check_positive("dirichlet_clients", "alpha", alpha)
     rng = _assignment.generator("dirichlet_clients", seed)
     pools = np.bincount(classes, minlength=num_classes)
     prior = pools / len(classes)

@@ -106,7 +106,7 @@ def dirichlet_sizes(beta: float) -> Sizes:
     Reference:
         Q. Li, Y. Diao, Q. Chen and B. He, ICDE 2022, arXiv:2102.02079, "quantity skew".
     """
-    _assignment.check_positive("dirichlet_sizes", "beta", beta)
+    _checks.check_positive("dirichlet_sizes", "beta", beta)
     return lambda rng, num_clients: _assignment.draw_shares(rng, beta, np.ones(num_clients))
 
 
