@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +19,17 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from fedlr import federated, linked
+from fedlr import federated, linked, multimodal
 from fedlr.algorithms import (
     comp_jf,
+    fdrmfl,
     fedavg,
+    fednova,
     firm,
     local_only,
     low_rank_descent,
+    moon,
+    scaffold,
     vertical_multifac,
 )
 from fedlr.federated import (
@@ -101,23 +106,45 @@ def linked_start(dtype):
     return linked.LinkedCP(shared, tuple(zip(own[::2], own[1::2], strict=True)))
 
 
-def vertical(chunk):
-    """Build linked factorization; the tensor of a client is its inputs times its targets."""
-    algorithm = vertical_multifac.build(penalty=1.0, chunk_size=chunk)
-
-    def stack(data):
-        tensors = data.inputs * data.targets[:, :, None, None]
-        observed = jnp.broadcast_to(data.mask[:, :, None, None], tensors.shape)
-        sizes = np.tile(np.array(DATA_SHAPES["features"], np.int32), (NUM_CLIENTS, 1))
-        return vertical_multifac.LinkedClients(tensors, jnp.asarray(sizes), observed)
+def converting(algorithm, convert):
+    """Let an algorithm have its clients made of those that all have."""
 
     def init(params, clients, *, key):
-        return algorithm.init(params, stack(clients), key=key)
+        return algorithm.init(params, convert(clients), key=key)
 
     def round(state, clients, cohort, *, key):
-        return algorithm.round(state, stack(clients), cohort, key=key)
+        return algorithm.round(state, convert(clients), cohort, key=key)
 
     return protocol.FederatedAlgorithm(init, round)
+
+
+def linked_clients(data):
+    """Stack tensors, that of a client its inputs times its targets."""
+    tensors = data.inputs * data.targets[:, :, None, None]
+    observed = jnp.broadcast_to(data.mask[:, :, None, None], tensors.shape)
+    sizes = np.tile(np.array(DATA_SHAPES["features"], np.int32), (NUM_CLIENTS, 1))
+    return vertical_multifac.LinkedClients(tensors, jnp.asarray(sizes), observed)
+
+
+def two_modalities(dtype=jnp.float32):
+    """Make a network for the two columns of the inputs, of 19 numbers."""
+
+    def make(key):
+        encoders = tuple(eqx.nn.Linear(3, 2, key=key) for _ in range(2))
+        head = eqx.nn.Linear(2, 1, key=key)
+        return multimodal.Network(encoders, lambda means, *_: jnp.sum(means, axis=0), head, None)
+
+    def fill(leaf):
+        is_array = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.cos(jnp.arange(leaf.size, dtype=dtype)).reshape(leaf.shape) if is_array else leaf
+
+    return jax.tree.map(fill, eqx.filter_eval_shape(make, jax.random.key(0)))
+
+
+def columns(data):
+    return data._replace(
+        inputs=multimodal.all_present([data.inputs[..., 0], data.inputs[..., 1]], batch_ndim=2)
+    )
 
 
 CASES = {
@@ -157,6 +184,44 @@ CASES = {
         (6 + 2 * 4, 24),
         symmetric=False,
         smooth=False,
+    ),
+    "scaffold": Case(
+        lambda chunk: scaffold.build(squared_error, 0.1, num_steps=2, chunk_size=chunk),
+        zeros,
+        (48, 48),
+    ),
+    "fednova": Case(
+        lambda chunk: fednova.build(
+            squared_error,
+            local.Training(optax.sgd(0.1), 3, active_steps=lambda count: count - 1),
+            chunk_size=chunk,
+        ),
+        zeros,
+        (24 + 4, 24),
+    ),
+    "moon": Case(
+        lambda chunk: moon.build(
+            squared_error,
+            lambda weights, inputs: jnp.sum(inputs * weights[None], axis=1),
+            local.Training(optax.sgd(0.1), 2),
+            chunk_size=chunk,
+        ),
+        lambda dtype: zeros(dtype) + 1,
+        (24, 24),
+    ),
+    "fdrmfl": Case(
+        lambda chunk: converting(
+            fdrmfl.build(
+                two_modalities(),
+                local.Training(optax.sgd(0.1), 1),
+                weights=fdrmfl.Weights(None, 0.1, 0.1),
+                contrast=local.history_and_batch(1),
+                chunk_size=chunk,
+            ),
+            columns,
+        ),
+        lambda dtype: eqx.filter(two_modalities(dtype), eqx.is_inexact_array),
+        (4 * 19, 4 * 19),
     ),
     "local_only": Case(
         lambda chunk: local_only.build(
@@ -251,7 +316,9 @@ CASES = {
     ),
     "vertical_multifac": Case(
         # The first round: five samples, rank two, and the two tables in bits.
-        vertical,
+        lambda chunk: converting(
+            vertical_multifac.build(penalty=1.0, chunk_size=chunk), linked_clients
+        ),
         linked_start,
         (4 * (5 * 2 + 3) + 1 + 1, 4 * 5 * 2 + 1 + 3),
         False,
@@ -438,8 +505,13 @@ def test_permuted_clients_give_the_permuted_result(setting):
     state, infos = run(setting.algorithm, setting.params, setting.data, key=key)
     other, other_infos = run(setting.algorithm, setting.params, permuted, key=key)
     assert_close(other_infos.losses, infos.losses[:, order])
-    same_params = state.params.shape == setting.params.shape
-    assert_close(other.params, state.params if same_params else state.params[order])
+    shapes, own = (
+        {leaf.shape for leaf in jax.tree.leaves(tree)} for tree in (setting.params, state.params)
+    )
+    # Params of one model, or of every client.
+    is_one = own == shapes
+    expected = state.params if is_one else jax.tree.map(lambda leaf: leaf[order], state.params)
+    assert_close(other.params, expected)
 
 
 def test_chunks_of_clients_give_the_numbers_of_single_clients(setting):

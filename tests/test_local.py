@@ -116,6 +116,12 @@ def test_masks_of_single_entries_are_refused_in_training(data, weights, key):
         update(weights, (), data._replace(mask=data.mask[:, None]), key=key)
 
 
+def test_inputs_with_another_number_of_rows_are_refused_in_training(data, weights, key):
+    update = local.local_sgd(squared_error, optax.sgd(0.1), num_steps=1)
+    with pytest.raises(ValueError, match=r"local_sgd: got inputs of shape \(4, 3\) for 5 targets"):
+        update(weights, (), data._replace(inputs=data.inputs[:4]), key=key)
+
+
 def test_projected_gradient_is_a_clipped_step_on_the_present_rows(data, weights, key):
     image = jnp.abs(weights)
     update = jax.jit(local.projected_gradient(apply_rows, step_size=0.2))

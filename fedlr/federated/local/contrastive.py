@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import core
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedlr import _checks
@@ -316,8 +315,7 @@ def _contrast(
 ):
     if max_age is not None:
         _checks.check_count(function, "max_age", max_age)
-    if not isinstance(temperature, core.Tracer) and not temperature > 0:
-        raise _checks.fail(function, f"temperature {temperature}", "a number above 0")
+    _checks.check_positive(function, "temperature", temperature)
     return Contrast(slots, remembers_trained, across_batch, max_age, temperature)
 
 

@@ -160,8 +160,8 @@ def train(
         The trained parameters, and the record.
 
     Raises:
-        ValueError: If a number of steps or the batch size is not a positive integer, or the mask is
-            not bool of shape (samples,).
+        ValueError: If a number of steps or the batch size is not a positive integer, the mask is
+            not bool of shape (samples,), or inputs and targets differ in their leading axes.
 
     Example:
         >>> import jax
@@ -180,6 +180,10 @@ def train(
         _checks.check_count(function, "batch_size", batch_size)
     (num_samples,) = data.targets.shape[:1]
     _checks.check_mask(function, data.mask, (num_samples,))
+    for leaf in jax.tree.leaves(data.inputs):
+        if jnp.shape(leaf)[:1] != (num_samples,):
+            got = f"inputs of shape {jnp.shape(leaf)} for {num_samples} targets"
+            raise _checks.fail(function, got, f"a leading axis of {num_samples}")
     count = jnp.sum(data.mask, dtype=jnp.int32)
     if batch_size is None:
         rank = jnp.zeros(num_samples, jnp.float32)
