@@ -44,7 +44,7 @@ class Setting(NamedTuple):
     num_rounds: int = 50
     passes: int = 5
     batch_size: int = 16
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     share: float = 0.5
     every: int = 10
