@@ -45,6 +45,7 @@ PACKAGES = (
     "pyttb",
     "astra-toolbox",
     "scikit-image",
+    "scikit-learn",
 )
 
 

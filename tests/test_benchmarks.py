@@ -215,6 +215,106 @@ def test_a_replayed_stopping_rule_returns_what_simulate_returns():
     assert record.psnr[0, index] == pytest.approx(psnr, abs=1e-3)
 
 
+@pytest.fixture
+def noisy_samples(rng):
+    """Samples of two modalities; the last two are copies of the first two."""
+    from benchmarks import feature_data
+
+    inputs = [rng.standard_normal((12, channels)) for channels in (3, 2)]
+    inputs = tuple(np.concatenate([values, values[:2]]) for values in inputs)
+    return feature_data.Samples(inputs, rng.standard_normal(14))
+
+
+def test_a_copy_on_both_sides_of_a_split_is_refused(noisy_samples):
+    from benchmarks import feature_data
+
+    owners, held_out = np.arange(14) % 2, np.zeros(14, bool)
+    held_out[[1, 2, 12, 13]] = True  # 1 with its copy 13; 0 without its copy 12
+    message = "check_no_copies: got 1 test samples that are training samples too, expected none"
+    with pytest.raises(ValueError, match=message):
+        feature_data.make_problem([feature_data.Draw(noisy_samples, owners, held_out)])
+    held_out[0] = True
+    problem = feature_data.make_problem([feature_data.Draw(noisy_samples, owners, held_out)])
+    assert (problem.train.mask.sum(), problem.test.mask.sum()) == (9, 5)
+
+
+def test_no_test_sample_has_a_part_in_what_is_standardized(noisy_samples):
+    from benchmarks import feature_data
+
+    owners, held_out = np.arange(14) % 3, np.arange(14) % 4 == 1
+    held_out[[0, 1, 12, 13]] = True
+
+    def problem(samples):
+        return feature_data.make_problem([feature_data.Draw(samples, owners, held_out)])
+
+    found = problem(noisy_samples)
+    inputs, targets = feature_data.rows(feature_data.split_of(found.train, 0))
+    np.testing.assert_allclose(inputs.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(inputs.std(axis=0), 1, atol=1e-6)
+    np.testing.assert_allclose(targets.std() * found.scales, noisy_samples.targets[~held_out].std())
+    shift = 100.0 * held_out
+    inputs = tuple(values + shift[:, None] for values in noisy_samples.inputs)
+    moved = problem(feature_data.Samples(inputs, noisy_samples.targets + shift))
+    np.testing.assert_array_equal(moved.train.targets, found.train.targets)
+    np.testing.assert_array_equal(moved.train.inputs.values[0], found.train.inputs.values[0])
+
+
+def test_clients_by_target_have_their_shares_and_each_holds_some_samples_out(rng):
+    from benchmarks import feature_data
+
+    targets = rng.standard_normal(200)
+    owners = feature_data.by_target(targets, rng, noise=0.0)
+    assert np.bincount(owners).tolist() == [90, 60, 50]
+    assert targets[owners == 0].max() < targets[owners == 1].min()
+    held_out = feature_data.hold_out(owners, 0.2, rng)
+    assert np.bincount(owners[held_out]).tolist() == [18, 12, 10]
+    owners = feature_data.dirichlet(targets, 4, 0.1, seed=0)
+    assert np.bincount(owners).sum() == 200
+    assert np.bincount(owners).min() >= 10
+
+
+def make_scores(method, errors, head="ridge", num_features=8, has_own_size=False):
+    from benchmarks import feature_methods, feature_scores
+
+    table = np.zeros((len(errors), 2, 3, num_features))
+    features = feature_methods.Features(method, table, table, None, has_own_size=has_own_size)
+    shares = np.tile([0.75, 0.25], (len(errors), 1))
+    return feature_scores.Scores(features, head, np.stack([errors, errors]).T, None, shares)
+
+
+def test_features_are_compared_with_one_head_and_one_size():
+    from benchmarks import feature_scores
+
+    errors = np.array([1.0, 2.0, 4.0])
+    first = make_scores("first", errors)
+    other_head = make_scores("second", errors, head="forest of 100")
+    with pytest.raises(ValueError, match=r"compare: got heads \['forest of 100', 'ridge'\]"):
+        feature_scores.compare([first, other_head])
+    other_size = make_scores("second", errors, num_features=4)
+    with pytest.raises(ValueError, match=r"compare: got \[4, 8\] features, expected one number"):
+        feature_scores.compare([first, other_size])
+    with pytest.raises(ValueError, match=r"compare: got no scores of \['PCA'\]"):
+        feature_scores.compare([first], ("PCA",))
+    marked = make_scores("raw inputs", errors, num_features=4, has_own_size=True)
+    assert [row["features"] for row in feature_scores.compare([first, marked])] == [8, 4]
+
+
+def test_differences_of_features_are_paired_over_splits(rng):
+    from scipy import stats
+
+    from benchmarks import feature_scores
+
+    errors, gains = rng.random(9) + 1, rng.random(9) - 0.2
+    scores = [make_scores("first", errors), make_scores("second", errors - gains)]
+    same, other = feature_scores.compare(scores, ("first",))
+    assert (same["minus first"], same["minus first, p"]) == (0, 1)
+    interval = stats.ttest_1samp(-gains, 0).confidence_interval()
+    found = [other[f"minus first{end}"] for end in ("", ", low", ", high")]
+    np.testing.assert_allclose(found, [-gains.mean(), *interval])
+    assert other["minus first, p"] == stats.wilcoxon(errors - gains, errors).pvalue
+    np.testing.assert_allclose(other["mse"], (errors - gains).mean())
+
+
 def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["no_such_benchmark"])
