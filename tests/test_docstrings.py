@@ -29,6 +29,7 @@ def fresh_settings():
         jax.numpy_rank_promotion("allow"),
     ):
         yield
+    jax.clear_caches()  # one module of tests runs the examples of all of them
 
 
 def find_examples(module):
