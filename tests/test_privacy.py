@@ -197,9 +197,10 @@ def noise_and_other_draws(key):
 
     inner = protocol.ServerUpdate(lambda _: (), apply)
     server = privacy.gaussian_mechanism(1.0, 1.0, clients_per_round=1, server=inner).server
-    noise, inner_key = server.apply(jnp.zeros(3), privacy.ClippedSum(jnp.zeros(3)), (), key=key)
-    # Of arrivals, `compose` folds in 1.
-    keys = [jnp.stack([inner_key, jax.random.fold_in(key, 1)])]
+    _, server_key, arrival_key = jax.random.split(key, 3)  # as `compose` does
+    total = privacy.ClippedSum(jnp.zeros(3))
+    noise, inner_key = server.apply(jnp.zeros(3), total, (), key=server_key)
+    keys = [jnp.stack([inner_key, arrival_key])]
     for _ in range(3):
         keys.append(children(keys[-1]))
     draws = jax.vmap(lambda key: jax.random.normal(key, 3))(jnp.concatenate(keys))

@@ -1,21 +1,16 @@
 """Seeded data sets for tests, benchmarks and notebooks alike."""
 
 from fedlr.synthetic.features import (
-    FusedSums,
     MultimodalClients,
     MultimodalWorld,
     bayes_error,
     client_shifts,
     curved_response,
-    fused_sums,
     linear_response,
     multimodal_clients,
     multimodal_world,
     mutual_information,
     oracle,
-    sech_response,
-    softplus_response,
-    tanh_response,
 )
 from fedlr.synthetic.scans import (
     MultimodalScans,
@@ -24,6 +19,13 @@ from fedlr.synthetic.scans import (
     multimodal_volumes,
     scan_phantoms,
     uniform_angles,
+)
+from fedlr.synthetic.sums import (
+    FusedSums,
+    fused_sums,
+    sech_response,
+    softplus_response,
+    tanh_response,
 )
 from fedlr.synthetic.tensors import (
     LinkedTensors,

@@ -1,0 +1,23 @@
+"""Checks of the numbers of a private run."""
+
+import math
+
+from fedlr import _checks
+
+
+def check_positive(function: str, name: str, value: float) -> None:
+    """Refuse what is not above 0, or infinite."""
+    if not 0 < value < math.inf:
+        raise _checks.fail(function, f"{name} {value}", "a finite number above 0")
+
+
+def check_multiplier(function: str, value: float) -> None:
+    """Refuse a noise multiplier that is negative or infinite."""
+    if not 0 <= value < math.inf:
+        raise _checks.fail(function, f"noise_multiplier {value}", "a finite number from 0")
+
+
+def check_delta(function: str, delta: float) -> None:
+    """Refuse a delta that is no probability inside of 0 and 1."""
+    if not 0 < delta < 1:
+        raise _checks.fail(function, f"delta {delta}", "a number between 0 and 1")
