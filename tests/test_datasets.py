@@ -22,20 +22,7 @@ PAIRS = """12-48 13-188 15-51 16-54 17-190 26-138 28-29 36-110 37-116 38-117 39-
 59-192 61-62 64-150 75-136 86-180 89-181 139-204 145-176 186-215"""
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """Nothing from the user's folders and nothing from the net: an empty cache, and file: only."""
-    urlopen = urllib.request.urlopen
-
-    def local_only(url, **options):
-        if url.startswith("file:"):
-            return urlopen(url, **options)
-        raise urllib.error.URLError("offline")
-
-    monkeypatch.setattr(urllib.request, "urlopen", local_only)
-    monkeypatch.delenv("FEDLR_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    return tmp_path / "xdg" / "fedlr"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -44,8 +31,8 @@ def no_tensorly(monkeypatch):
 
 
 @pytest.fixture
-def real_data(monkeypatch):
-    """The folder of real data, named by FEDLR_DATA."""
+def real_data(cache, monkeypatch):
+    """The folder of real data, named by FEDLR_DATA after `cache` took it away."""
     if not DATA.is_dir():
         pytest.skip(f"no folder of real data at {DATA}")
     monkeypatch.setenv("FEDLR_DATA", str(DATA))

@@ -26,20 +26,7 @@ RANGES = {
 MEANS = np.array([10.234, 3.498, 8.668, 64.696])
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """Nothing from the user's folders and nothing from the net: an empty cache, and file: only."""
-    urlopen = urllib.request.urlopen
-
-    def local_only(url, **options):
-        if url.startswith("file:"):
-            return urlopen(url, **options)
-        raise urllib.error.URLError("offline")
-
-    monkeypatch.setattr(urllib.request, "urlopen", local_only)
-    monkeypatch.delenv("FEDLR_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    return tmp_path / "xdg" / "fedlr"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def with_ends(x, low, high):

@@ -4,8 +4,6 @@ import importlib.util
 import io
 import re
 import tarfile
-import urllib.error
-import urllib.request
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +17,7 @@ LOADERS = [datasets.digits, datasets.fashion_mnist, datasets.cifar10, datasets.c
 INSTALLED = importlib.util.find_spec("sklearn") is not None
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """Nothing from the user's folders and nothing from the net: an empty cache, and file: only."""
-    urlopen = urllib.request.urlopen
-
-    def local_only(url, **options):
-        if url.startswith("file:"):
-            return urlopen(url, **options)
-        raise urllib.error.URLError("offline")
-
-    monkeypatch.setattr(urllib.request, "urlopen", local_only)
-    monkeypatch.delenv("FEDLR_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    return tmp_path / "xdg" / "fedlr"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
