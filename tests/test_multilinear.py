@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fedlr import multilinear
+from fedlr import _partials, multilinear
 from tests.reference import tensors
 
 SHAPES = [(4,), (3, 4), (3, 4, 5), (3, 2, 5, 4)]
@@ -157,6 +157,25 @@ def test_mttkrp_is_the_unfolding_times_khatri_rao_for_every_run_of_end_modes(rng
             others = [f for m, f in enumerate(factors) if m != mode]
             expected = multilinear.unfold(x, mode) @ multilinear.khatri_rao(*others)
             close(multilinear.mttkrp(x, factors, mode), expected, math.prod(shape))
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 2), (70, 60, 3)])  # eight pieces, and a rest
+def test_mttkrp_over_many_rows_is_its_definition_under_all_transforms(rng, shape):
+    assert math.prod(shape[:2]) >= _partials._MANY_ROWS
+    x, factors = tensor(rng, (2, *shape)), matrices(rng, shape)
+
+    def of_last(x, *factors):
+        return multilinear.mttkrp(x, factors, 2)
+
+    expected = [tensors.mttkrp(np.asarray(one), list(map(np.asarray, factors)), 2) for one in x]
+    size = math.prod(shape)
+    close(of_last(x[0], *factors), expected[0], size)
+    mapped = jax.jit(jax.vmap(of_last, in_axes=(0, None, None, None)))
+    close(mapped(x, *factors), np.stack(expected), size)
+    # <Y, M(X)> is linear in X, so that its gradient is the model of Y.
+    y = matrices(rng, shape)[2]
+    gradient = jax.grad(lambda x: jnp.sum(y * of_last(x, *factors)))(x[0])
+    close(gradient, jnp.einsum("ir,jr,kr->ijk", factors[0], factors[1], y), 3)
 
 
 def test_mttkrp_is_the_gradient_of_the_squared_residual(rng):

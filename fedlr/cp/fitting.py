@@ -197,12 +197,13 @@ def compressed_als(
 ) -> tuple[tensor.CPTensor, iteration.IterationInfo]:
     """Fit a CP tensor on the core of a Tucker compression, then polish it on the full tensor.
 
-    A randomized sequentially truncated HOSVD with one power iteration compresses every mode to
-    ``min(R + oversampling, I_n)``. ALS runs on the small core ``G``, whose CP factors a_n expand to
-    ``A_n = U_n a_n``, and some sweeps of `als` on the full tensor follow. For orthonormal U_n the
-    core problem has the same Gram matrices and, up to the constant ``|X|^2 - |G|^2``, the same
-    objective, so where X lies in the compressed space the iterates are those of `als` from the
-    projected start. From one start the two may end in different local minima where it does not.
+    A randomized sequentially truncated HOSVD with one power iteration compresses every mode that is
+    longer than ``R + oversampling`` to that size. ALS runs on the small core ``G``, whose CP
+    factors a_n expand to ``A_n = U_n a_n``, and some sweeps of `als` on the full tensor follow. For
+    orthonormal U_n the core problem has the same Gram matrices and, up to the constant
+    ``|X|^2 - |G|^2``, the same objective, so where X lies in the compressed space the iterates are
+    those of `als` from the projected start. From one start the two may end in different local
+    minima where it does not.
 
     Args:
         x: Tensor of N >= 2 modes, float32 or float64, complete.
@@ -241,16 +242,18 @@ def compressed_als(
     basis = subspace.randomized(
         key=key, oversampling=oversampling, power_iters=1, test_matrix=sketching.sign
     )
-    ranks = tuple(min(init.rank + oversampling, size) for size in x.shape)
-    compressed = tucker.sthosvd(x, ranks, basis=basis)
-    start = tensor.CPTensor(
-        init.weights,
-        tuple(u.T @ a for u, a in zip(compressed.factors, init.factors, strict=True)),
+    rank = init.rank + oversampling
+    core, bases = x, {}
+    # A short mode would be turned at the price of a pass over the tensor, and not get shorter.
+    for mode in (mode for mode in tucker.mode_order(x.shape) if x.shape[mode] > rank):
+        bases[mode] = basis(multilinear.unfold(core, mode), rank, mode=mode)
+        core = multilinear.mode_dot(core, bases[mode].T, mode)
+    start = init._replace(
+        factors=tuple(bases[n].T @ a if n in bases else a for n, a in enumerate(init.factors))
     )
-    small, info = als(compressed.core, init=start, ridge=ridge, max_iters=max_iters, tol=tol)
-    expanded = tensor.CPTensor(
-        small.weights,
-        tuple(u @ a for u, a in zip(compressed.factors, small.factors, strict=True)),
+    small, info = als(core, init=start, ridge=ridge, max_iters=max_iters, tol=tol)
+    expanded = small._replace(
+        factors=tuple(bases[n] @ a if n in bases else a for n, a in enumerate(small.factors))
     )
     fit, polished = als(x, init=expanded, ridge=ridge, max_iters=polish_iters, tol=0.0)
     return fit, polished._replace(converged=info.converged)
