@@ -1,11 +1,11 @@
 """Tucker and CP decompositions beside their peers, on one core, by CPU time at equal error.
 
-Experiments, each measured in one interleaved run:
+Tables, each measured in interleaved runs:
 
 * `tucker`: rank 20 of a 200^3 tensor with a decaying core and 5 % white noise, both dtypes. The
   floor is the time that the multiplications of the plain algorithm take at the speed of a square
   matrix product measured in the same run; a blocked Gram matrix needs fewer.
-* `batch`: 64 tensors of 32^3 at rank 5 against a loop over the peers.
+  Then 64 tensors of 32^3 at rank 5 against a loop over the peers.
 * `cp`: 50 sweeps of rank 10 from one start, plain and compressed; many small tensors; and hidden
   entries, until those are as well predicted as they can be. Beside TensorLy and pyttb, and
   tensortools where it is installed.
@@ -19,7 +19,7 @@ in a thousand. Compile time is apart.
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,30 +54,14 @@ CP_SIZES = {
         ((200, 200, 200), (100, 100, 100, 10)), 10, 50, 64, 32, 5, 20, 100, 10, 50, 3
     ),
 }
+Rows = list[dict[str, Any]]
 SWEEPS = 5
 CLIENTS = 4
 OVERSAMPLING = 10
 BATCH_OVERSAMPLING = 3
 
 
-def run(size: str) -> list[dict[str, Any]]:
-    """Run all experiments at "small" or "full" size and return their rows."""
-    sizes = SIZES[size]
-    rows = []
-    for dtype in (np.float32, np.float64):
-        with jax.enable_x64(dtype == np.float64):
-            rows += pair_rows(sizes, dtype)
-            rows += tucker_rows(sizes, dtype, slow_peers=size == "full")
-            rows += batch_rows(sizes, dtype)
-            rows += cp_costs.fit_rows(CP_SIZES[size], dtype)
-            rows += cp_costs.batch_rows(CP_SIZES[size], dtype)
-            rows += cp_costs.masked_rows(CP_SIZES[size], dtype)
-    with jax.enable_x64(False):
-        rows += round_rows(sizes)
-    return rows
-
-
-def pair_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
+def pair_rows(sizes: Sizes, dtype: type) -> Rows:
     """Time sthosvd beside pyttb's hosvd alone: among larger jobs the time of the latter grows."""
     n, r = sizes.size, sizes.rank
     data = noisy_tensor(n, r, seed=0).astype(dtype)
@@ -103,7 +87,7 @@ def pair_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
     ]
 
 
-def tucker_rows(sizes: Sizes, dtype: type, *, slow_peers: bool) -> list[dict[str, Any]]:
+def tucker_rows(sizes: Sizes, dtype: type, *, slow_peers: bool) -> Rows:
     n, r = sizes.size, sizes.rank
     data = noisy_tensor(n, r, seed=0).astype(dtype)
     x, ranks = jnp.asarray(data), (r, r, r)
@@ -193,7 +177,7 @@ def tucker_peers(data: np.ndarray, rank: int, *, slow: bool) -> dict[str, Callab
     return peers
 
 
-def batch_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
+def batch_rows(sizes: Sizes, dtype: type) -> Rows:
     n, r = sizes.batch_size, sizes.batch_rank
     data = np.stack([noisy_tensor(n, r, seed) for seed in range(sizes.batch)]).astype(dtype)
     x, ranks = jnp.asarray(data), (r, r, r)
@@ -240,7 +224,7 @@ def batch_rows(sizes: Sizes, dtype: type) -> list[dict[str, Any]]:
     ]
 
 
-def round_rows(sizes: Sizes) -> list[dict[str, Any]]:
+def round_rows(sizes: Sizes) -> Rows:
     n, r = sizes.image, sizes.image_rank
     shared = noisy_images(n, r)
     images, key = jnp.asarray(shared, jnp.float32), jax.random.key(0)
@@ -311,3 +295,58 @@ def noisy_images(size: int, rank: int) -> np.ndarray:
     cores = rng.standard_normal((CLIENTS, 2 * rank, 2 * rank)) * 0.9 ** np.arange(2 * rank)
     images = left @ cores @ right.T
     return images + 0.01 * np.abs(images).max() * rng.standard_normal(images.shape)
+
+
+def tucker_table(size: str) -> Rows:
+    """Time Tucker decompositions of one tensor and of many."""
+    sizes = SIZES[size]
+
+    def of_dtype(dtype: type) -> Rows:
+        return [
+            *pair_rows(sizes, dtype),
+            *tucker_rows(sizes, dtype, slow_peers=size == "full"),
+            *batch_rows(sizes, dtype),
+        ]
+
+    return in_both(of_dtype)
+
+
+def cp_table(size: str) -> Rows:
+    """Time CP decompositions of one tensor, of many, and of one with hidden entries."""
+    sizes = CP_SIZES[size]
+
+    def of_dtype(dtype: type) -> Rows:
+        return [
+            *cp_costs.fit_rows(sizes, dtype),
+            *cp_costs.batch_rows(sizes, dtype),
+            *cp_costs.masked_rows(sizes, dtype),
+        ]
+
+    return in_both(of_dtype)
+
+
+def round_table(size: str) -> Rows:
+    """Time the low-rank part of a federated round."""
+    with jax.enable_x64(False):
+        return round_rows(SIZES[size])
+
+
+def in_both(of_dtype: Callable[[type], Rows]) -> Rows:
+    """Collect the rows of float32 and of float64."""
+    rows = []
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            rows += of_dtype(dtype)
+    return rows
+
+
+TABLES: dict[str, Callable[[str], Rows]] = {
+    "tucker": tucker_table,
+    "cp": cp_table,
+    "round": round_table,
+}
+
+
+def run(size: str, only: Sequence[str] | None = None) -> Rows:
+    """Run all tables at "small" or "full" size, or those named, and return their rows."""
+    return [{"table": name, **row} for name in only or TABLES for row in TABLES[name](size)]
