@@ -24,11 +24,22 @@ from fedlr.algorithms import (
     comp_jf,
     fdrmfl,
     fedavg,
+    fedex_lora,
+    fedhm,
+    fedlora,
+    fedloru,
+    fedlrt,
     fednova,
+    ffa_lora,
     firm,
+    flexlora,
+    flora,
     local_only,
     low_rank_descent,
+    mfedloru,
     moon,
+    pfedloru,
+    rolora,
     scaffold,
     vertical_multifac,
 )
@@ -147,6 +158,34 @@ def columns(data):
     )
 
 
+def affine(dtype):
+    """Make a model with a matrix, of which a pair of factors of rank one has five numbers."""
+    weight = jnp.cos(jnp.arange(6, dtype=dtype)).reshape(DATA_SHAPES["features"])
+    return {"weight": weight, "bias": jnp.zeros((), dtype)}
+
+
+def affine_error(params, inputs, target):
+    return squared_error(params["weight"], inputs, target - params["bias"])
+
+
+def factored(module, *sent, ranked=False, **options):
+    """Make the case of a method of factors, by the numbers that it sends up and down."""
+
+    def build(chunk):
+        algorithm = module.build(
+            affine_error, optax.sgd(0.1), rank=1, local_steps=2, chunk_size=chunk, **options
+        )
+        return converting(algorithm, of_rank_one) if ranked else algorithm
+
+    up, down = sent
+    model = fedlrt if module is fedlrt else fedloru
+    return Case(build, affine, (4 * up, 4 * down), observe=model.merged_params)
+
+
+def of_rank_one(data):
+    return clients.RankedClients(data, jnp.ones(NUM_CLIENTS, jnp.int32))
+
+
 CASES = {
     "fedavg": Case(lambda chunk: fedavg.build(sgd(num_steps=2), chunk_size=chunk), zeros, (24, 24)),
     "fedavg_adam_batches": Case(
@@ -223,6 +262,20 @@ CASES = {
         lambda dtype: eqx.filter(two_modalities(dtype), eqx.is_inexact_array),
         (4 * 19, 4 * 19),
     ),
+    "fedloru": factored(fedloru, 6, 6, accumulate_every=1),
+    # A client's own factors are drawn by its index.
+    "pfedloru": factored(pfedloru, 6, 6, accumulate_every=1)._replace(symmetric=False),
+    "mfedloru": factored(mfedloru, 6, 6, ranked=True, accumulate_every=None)._replace(
+        symmetric=False
+    ),
+    "fedlora": factored(fedlora, 6, 6),
+    "ffa_lora": factored(ffa_lora, 4, 4),
+    "rolora": factored(rolora, 4, 3),
+    "flora": factored(flora, 6, 1),
+    "fedex_lora": factored(fedex_lora, 6, 6),
+    "flexlora": factored(flexlora, 6, 6),
+    "fedhm": factored(fedhm, 6, 6),
+    "fedlrt": factored(fedlrt, 10, 12, threshold=0.0),
     "local_only": Case(
         lambda chunk: local_only.build(
             local.projected_gradient(forward, step_size=0.05), chunk_size=chunk
@@ -416,7 +469,10 @@ def test_round_preserves_structure_shapes_and_dtypes_of_the_state(setting, dtype
     start = jax.eval_shape(setting.algorithm.init, params, data, key=key)
     state, info = jax.eval_shape(setting.algorithm.round, start, data, everyone(), key=key)
     assert kinds(state) == kinds(start)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
+    # Of whole numbers, a round is counted.
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
+    # Whole numbers only count rounds.
+    assert dtypes - {jnp.dtype(jnp.int32)} == {jnp.dtype(dtype)}
     assert info.losses.shape == info.weights.shape == (NUM_CLIENTS,)
     assert info.losses.dtype == dtype
 
@@ -505,13 +561,13 @@ def test_permuted_clients_give_the_permuted_result(setting):
     state, infos = run(setting.algorithm, setting.params, setting.data, key=key)
     other, other_infos = run(setting.algorithm, setting.params, permuted, key=key)
     assert_close(other_infos.losses, infos.losses[:, order])
-    shapes, own = (
-        {leaf.shape for leaf in jax.tree.leaves(tree)} for tree in (setting.params, state.params)
-    )
-    # Params of one model, or of every client.
-    is_one = own == shapes
-    expected = state.params if is_one else jax.tree.map(lambda leaf: leaf[order], state.params)
-    assert_close(other.params, expected)
+    # Params of every client, or of one model.
+    if all(leaf.shape[:1] == (NUM_CLIENTS,) for leaf in jax.tree.leaves(state.params)):
+        state = state._replace(params=jax.tree.map(lambda leaf: leaf[order], state.params))
+        assert_close(other.params, state.params)
+    else:
+        one = state._replace(clients=())
+        assert_close(setting.case.observe(other._replace(clients=())), setting.case.observe(one))
 
 
 def test_chunks_of_clients_give_the_numbers_of_single_clients(setting):

@@ -77,6 +77,7 @@ def build(
     accumulate_every: int | None,
     batch_size: int | None = None,
     where: Callable[[tuple, Array], bool] = lowrank.is_matrix,
+    chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
     """Build FedLoRU with its defaults: U starts at zero, and factors are drawn anew when merged.
 
@@ -88,6 +89,7 @@ def build(
         accumulate_every: tau, *static*; None never merges.
         batch_size: Examples per step, *static*; None takes all.
         where: ``(path, leaf) -> bool``, which leaves to factorize, see `lowrank.init`.
+        chunk_size: Clients worked on at once, *static*.
 
     Returns:
         A federated algorithm. Its `init` takes the params of the model; the params of its state are
@@ -131,6 +133,7 @@ def build(
         loss,
         local.Training(optimizer, local_steps, batch_size),
         Settings(rank, accumulate_every, where),
+        chunk_size=chunk_size,
     )
 
 

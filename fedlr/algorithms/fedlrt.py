@@ -130,6 +130,7 @@ def build(
     threshold: float = 0.01,
     batch_size: int | None = None,
     where: Callable[[tuple, Array], bool] = lowrank.is_matrix,
+    chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
     """Build FeDLRT.
 
@@ -141,6 +142,7 @@ def build(
         threshold: Part of the norm of S that a truncation may drop, from 0 to 1.
         batch_size: Examples per step, *static*; None takes all.
         where: ``(path, leaf) -> bool``, which leaves to factorize, see `factorize`.
+        chunk_size: Clients worked on at once, *static*.
 
     Returns:
         A federated algorithm. Its `init` takes the params of the model, see `factorize`; those of
@@ -186,6 +188,7 @@ def build(
             lambda _: (), _extend, lambda params: _blank_gradients(params, rank)
         ),
         traffic=protocol.Traffic(_first_up, _first_down),
+        chunk_size=chunk_size,
     )
     coefficients = rounds.compose(
         _train_cores(loss, local.Training(optimizer, local_steps, batch_size)),
@@ -195,6 +198,7 @@ def build(
             lambda _: (), functools.partial(_truncate, rank=rank, threshold=threshold), _trained
         ),
         traffic=protocol.Traffic(_second_up, functools.partial(_second_down, rank=rank)),
+        chunk_size=chunk_size,
     )
     return rounds.prepared(
         rounds.in_turn(extension, coefficients),

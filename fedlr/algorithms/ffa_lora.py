@@ -39,6 +39,7 @@ def build(
     accumulate_every: int | None = None,
     batch_size: int | None = None,
     where: Callable[[tuple, Array], bool] = lowrank.is_matrix,
+    chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
     """Build FFA-LoRA.
 
@@ -50,6 +51,7 @@ def build(
         accumulate_every: tau, rounds between two merges, *static*; None never merges.
         batch_size: Examples per step, *static*; None takes all.
         where: ``(path, leaf) -> bool``, which leaves to factorize, see `lowrank.init`.
+        chunk_size: Clients worked on at once, *static*.
 
     Returns:
         A federated algorithm. Its `init` takes the params of the model; the params of its state are
@@ -97,6 +99,7 @@ def build(
                 params, last, accumulate_every, sent=_up
             ),
         ),
+        chunk_size=chunk_size,
     )
     return rounds.prepared(composed, functools.partial(lowrank.adapt, rank=rank, where=where))
 

@@ -55,6 +55,7 @@ def build(
     accumulate_every: int | None,
     batch_size: int | None = None,
     where: Callable[[tuple, Array], bool] = lowrank.is_matrix,
+    chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
     """Build pFedLoRU.
 
@@ -67,6 +68,7 @@ def build(
         accumulate_every: tau, rounds between two accumulations, *static*; None never merges.
         batch_size: Examples per step, *static*; None takes all.
         where: ``(path, leaf) -> bool``, which leaves to factorize, see `lowrank.init`.
+        chunk_size: Clients worked on at once, *static*.
 
     Returns:
         A federated algorithm. Its `init` takes the params of the model; the params of its state are
@@ -118,6 +120,7 @@ def build(
                 params, own.last_round, accumulate_every
             )
         ),
+        chunk_size=chunk_size,
     )
 
     def init(params, clients, *, key):
