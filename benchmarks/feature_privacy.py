@@ -1,6 +1,7 @@
 """What differential privacy of every client costs, on worlds with a known Bayes error."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -21,62 +22,66 @@ MAX_NORM = 0.5
 
 
 def utility(
-    worlds: feature_data.Worlds, plan: feature_methods.Plan, epsilon: float | None
-) -> dict[str, Any]:
-    """Train a small network with the noise that an epsilon takes.
+    worlds: feature_data.Worlds, plan: feature_methods.Plan, epsilons: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    """Train a small network with the noise that each epsilon takes, all by one program.
 
     Args:
         worlds: Worlds and the samples of their clients.
         plan: How it is trained.
-        epsilon: What all rounds may cost at a delta of 1e-4; None for clipping without noise.
+        epsilons: What all rounds may cost at a delta of 1e-4; None for clipping without noise.
 
     Returns:
-        A row.
+        A row for each.
     """
     problem = worlds.problem
     num_clients = problem.train.mask.shape[1]
-    multiplier = 0.0
-    if epsilon is not None:
-        multiplier = privacy.noise_multiplier(
-            epsilon=epsilon, delta=DELTA, num_rounds=plan.num_rounds
+    predict = _predictor(problem, plan)
+    rows = []
+    for epsilon in epsilons:
+        multiplier = 0.0
+        if epsilon is not None:
+            multiplier = privacy.noise_multiplier(
+                epsilon=epsilon, delta=DELTA, num_rounds=plan.num_rounds
+            )
+        errors = feature_scores.client_errors(problem, predict(multiplier)).mean(axis=1)
+        rows.append(
+            {
+                "clients": num_clients,
+                "samples_of_a_client": problem.train.mask.shape[2],
+                "epsilon": epsilon,
+                "delta": DELTA,
+                "noise_multiplier": multiplier,
+                "rounds": plan.num_rounds,
+                "mse": float(errors.mean()),
+                "sd": float(errors.std(ddof=1)),
+                "constant_mse": float(np.mean(problem.scales**2)),
+                "bayes": worlds.bayes,
+            }
         )
-    mechanism = privacy.gaussian_mechanism(
-        noise_multiplier=multiplier, max_norm=MAX_NORM, clients_per_round=num_clients
-    )
-    errors = feature_scores.client_errors(problem, _predict(problem, plan, mechanism)).mean(axis=1)
-    return {
-        "clients": num_clients,
-        "samples_of_a_client": problem.train.mask.shape[2],
-        "epsilon": epsilon,
-        "delta": DELTA,
-        "noise_multiplier": multiplier,
-        "rounds": plan.num_rounds,
-        "mse": float(errors.mean()),
-        "sd": float(errors.std(ddof=1)),
-        "constant_mse": float(np.mean(problem.scales**2)),
-        "bayes": worlds.bayes,
-    }
+    return rows
 
 
-def _predict(
-    problem: feature_data.Problem, plan: feature_methods.Plan, mechanism: privacy.Mechanism
-) -> Float[np.ndarray, "splits clients samples"]:
-    """Train on all splits, and predict the test samples."""
+def _predictor(
+    problem: feature_data.Problem, plan: feature_methods.Plan
+) -> Callable[[float], Float[np.ndarray, "splits clients samples"]]:
+    """Return how to train on all splits with a noise multiplier, and predict the test samples."""
     network = _network(jax.random.key(0), plan.num_features)
+    splits, num_clients = problem.train.mask.shape[:2]
 
-    def algorithm(rate):
-        # No information term: its critic would have more parameters than the rest.
-        return fdrmfl.build(
-            network,
-            local.Training(fdrmfl.optimizer(rate), plan.num_steps, plan.batch_size),
-            weights=fdrmfl.Weights(None, 0.01, None),
-            mechanism=mechanism,
-            chunk_size=20,
-        )
+    def one(multiplier, start, clients, test, key):
+        mechanism = privacy.gaussian_mechanism(MAX_NORM, multiplier, clients_per_round=num_clients)
 
-    @jax.jit
-    @jax.vmap
-    def one(start, clients, test, key):
+        def algorithm(rate):
+            # No information term: its critic would have more parameters than the rest.
+            return fdrmfl.build(
+                network,
+                local.Training(fdrmfl.optimizer(rate), plan.num_steps, plan.batch_size),
+                weights=fdrmfl.Weights(None, 0.01, None),
+                mechanism=mechanism,
+                chunk_size=20,
+            )
+
         schedule = optax.cosine_decay_schedule(plan.rate, plan.num_rounds)
         scheduled = rounds.scheduled(algorithm, schedule)
         state = scheduled.init(start, clients, key=key)
@@ -84,11 +89,14 @@ def _predict(
         model = eqx.combine(state.params, network)
         return jax.vmap(functools.partial(multimodal.predictions, model))(test.inputs)
 
+    train = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
     # With the keys of the default kind this took twice as long to compile.
     start_key, run_key = jax.random.split(jax.random.key(2, impl="unsafe_rbg"))
-    splits = len(problem.scales)
     starts = _draw(jax.random.split(start_key, splits), plan.num_features)
-    return np.asarray(one(starts, problem.train, problem.test, jax.random.split(run_key, splits)))
+    keys = jax.random.split(run_key, splits)
+    return lambda multiplier: np.asarray(
+        train(multiplier, starts, problem.train, problem.test, keys)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -322,6 +322,22 @@ def test_a_round_in_which_nobody_arrives_changes_nothing(data, key):
     assert_equal(after.params, state.params)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_program_serves_several_budgets(data, key, dtype):
+    """Traced numbers of either dtype give what plain ones do."""
+
+    def params_after_a_round(norm, multiplier, count):
+        algorithm = build(privacy.gaussian_mechanism(norm, multiplier, clients_per_round=count))
+        state, _ = algorithm.round(start(algorithm, data), data, EVERYONE, key=key)
+        return state.params
+
+    numbers = np.array([[0.5, 0.0, 5.0], [0.5, 2.0, 5.0], [0.25, 1.0, 3.0]])
+    found = jax.jit(jax.vmap(params_after_a_round))(*jnp.asarray(numbers.T, dtype))
+    plain = jax.jit(params_after_a_round, static_argnums=(0, 1, 2))
+    for i, own in enumerate(numbers.tolist()):
+        assert_close(row(found, i), plain(*own), rtol=1e-12, atol=1e-14)
+
+
 def test_it_goes_with_a_lossy_compressor_and_error_feedback(data, updates, key):
     """The residual holds what the compressor left out, not what clipping did."""
     private = privacy.gaussian_mechanism(0.5, 0.0, clients_per_round=NUM_CLIENTS)

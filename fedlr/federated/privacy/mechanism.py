@@ -59,7 +59,7 @@ class Mechanism(NamedTuple):
     client_weights: Callable[[PyTree], Float[Array, " clients"]]
 
 
-def clip(update: PyTree, max_norm: float) -> PyTree:
+def clip(update: PyTree, max_norm: float | Float[Array, ""]) -> PyTree:
     """Scale an update down to a norm of at most C, over all its arrays together.
 
         clip(d) = d min(1, C / ||d||)
@@ -71,7 +71,7 @@ def clip(update: PyTree, max_norm: float) -> PyTree:
 
     Args:
         update: Update of ONE client, arrays of float32 or float64.
-        max_norm: The norm C, above 0.
+        max_norm: The norm C, above 0, traced.
 
     Returns:
         The clipped update, of the same structure, shapes and dtypes.
@@ -102,8 +102,9 @@ def clip(update: PyTree, max_norm: float) -> PyTree:
     units = [leaf.astype(dtype) / scale for leaf in jax.tree.leaves(update)]
     square = jnp.sum(jnp.stack([jnp.sum(unit**2) for unit in units]))
     length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-    inside = (length <= max_norm / scale) | (square == 0)
-    shrink = max_norm / length
+    radius = jnp.asarray(max_norm, dtype)
+    inside = (length <= radius / scale) | (square == 0)
+    shrink = radius / length
 
     def scaled(leaf):
         return jnp.where(inside, leaf, (leaf.astype(dtype) / scale * shrink).astype(leaf.dtype))
@@ -112,10 +113,10 @@ def clip(update: PyTree, max_norm: float) -> PyTree:
 
 
 def gaussian_mechanism(
-    max_norm: float,
-    noise_multiplier: float,
+    max_norm: float | Float[Array, ""],
+    noise_multiplier: float | Float[Array, ""],
     *,
-    clients_per_round: float,
+    clients_per_round: float | Float[Array, ""],
     server: protocol.ServerUpdate | None = None,
 ) -> Mechanism:
     """Build the parts that make a composed algorithm private for every client.
@@ -135,12 +136,13 @@ def gaussian_mechanism(
     The parts only work together: the server refuses another aggregator's update.
 
     Args:
-        max_norm: C, above 0, *static*. Chosen without a look at the clients' updates, or by a
+        max_norm: C, above 0, traced. Chosen without a look at the clients' updates, or by a
             private method.
         noise_multiplier: z, the standard deviation of the noise of the sum in units of C, from 0
-            (clipping only, not private), *static*. From `noise_multiplier` for a given epsilon.
-        clients_per_round: m, the expected number of clients in a round, *static*: the cohort size,
-            or the sampling rate times the number of clients. A constant, also where some are lost.
+            (clipping only, not private), traced: one program serves, and `jax.vmap` takes, several
+            privacy budgets. From `noise_multiplier` for a given epsilon.
+        clients_per_round: m, the expected number of clients in a round, traced: the cohort size, or
+            the sampling rate times the number of clients. A constant, also where some are lost.
         server: How the params move with the noisy mean update; None for
             ``servers.from_optax(optax.sgd(1.0))``, which adds it.
 
@@ -148,8 +150,9 @@ def gaussian_mechanism(
         The parts, to be handed to `rounds.compose` by name.
 
     Raises:
-        ValueError: If a number is not finite or out of its range; while tracing, if an array of the
-            update is not float32 or float64, or the update does not come from the aggregator here.
+        ValueError: If a concrete number is not finite or out of its range; while tracing, if an
+            array of the update is not float32 or float64, or the update does not come from the
+            aggregator here.
 
     Example:
         >>> import jax
@@ -181,14 +184,12 @@ def gaussian_mechanism(
     _numbers.check_positive("gaussian_mechanism", "max_norm", max_norm)
     _numbers.check_multiplier("gaussian_mechanism", noise_multiplier)
     _numbers.check_positive("gaussian_mechanism", "clients_per_round", clients_per_round)
-    # Python floats, since NumPy's own would raise float32 to float64.
-    radius, count = float(max_norm), float(clients_per_round)
     inner = servers.from_optax(optax.sgd(1.0)) if server is None else server
-    noisy = _noisy_server(inner, float(noise_multiplier) * radius, count)
-    return Mechanism(_clipped_sum(radius), noisy, _ones)
+    noisy = _noisy_server(inner, max_norm, noise_multiplier, clients_per_round)
+    return Mechanism(_clipped_sum(max_norm), noisy, _ones)
 
 
-def _clipped_sum(max_norm: float) -> protocol.Aggregator:
+def _clipped_sum(max_norm: float | Float[Array, ""]) -> protocol.Aggregator:
     """Build the sum of the clipped updates of those that arrived."""
 
     def fold_init(update):
@@ -213,7 +214,10 @@ def _clipped_sum(max_norm: float) -> protocol.Aggregator:
 
 
 def _noisy_server(
-    server: protocol.ServerUpdate, deviation: float, count: float
+    server: protocol.ServerUpdate,
+    max_norm: float | Float[Array, ""],
+    noise_multiplier: float | Float[Array, ""],
+    count: float | Float[Array, ""],
 ) -> protocol.ServerUpdate:
     """Let a server take a `ClippedSum`, with noise and divided by a constant."""
 
@@ -227,9 +231,10 @@ def _noisy_server(
         dtype = np.result_type(*(leaf.dtype for leaf in leaves))
         ends = np.cumsum([leaf.size for leaf in leaves])
         # One draw: to compile one for each of 21 leaves takes twice as long.
+        deviation = jnp.asarray(noise_multiplier, dtype) * jnp.asarray(max_norm, dtype)
         noise = deviation * jax.random.normal(noise_key, (ends[-1],), dtype)
         mean = [
-            (leaf + own.reshape(leaf.shape).astype(leaf.dtype)) / count
+            (leaf + own.reshape(leaf.shape).astype(leaf.dtype)) / jnp.asarray(count, leaf.dtype)
             for leaf, own in zip(leaves, jnp.split(noise, ends[:-1]), strict=True)
         ]
         return server.apply(params, jax.tree.unflatten(structure, mean), state, key=server_key)
