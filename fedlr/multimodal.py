@@ -437,13 +437,14 @@ def dense_network(
     width: int = 32,
     num_features: int = 8,
     gaussian: bool = False,
+    critic_width: int | None = 64,
     key: Key[Array, ""],
     dtype=jnp.float32,
 ) -> Network:
     """Make the network for modalities that are vectors.
 
     Encoders p - 64 - q with layer normalization, fusion to d features, head d - 32 - 1 with a last
-    layer near zero, critic (d + 1) - 64 - 64 - 1.
+    layer near zero, critic (d + 1) - 64 - 64 - 1 or none.
 
     Args:
         sizes: Length of the vector of each modality.
@@ -451,6 +452,8 @@ def dense_network(
         num_features: d.
         gaussian: Whether the encoders return Gaussians, which `PrecisionFusion` joins; else points,
             which `GatedFusion` joins. *Static.*
+        critic_width: Units of each of the critic's two hidden layers, *static*; None for no critic,
+            which only an information term needs and all clients would send.
         key: Random key of the weights.
         dtype: float32 or float64. *Static.*
 
@@ -478,6 +481,8 @@ def dense_network(
         _checks.check_count("dense_network", "size", size)
     _checks.check_count("dense_network", "width", width)
     _checks.check_count("dense_network", "num_features", num_features)
+    if critic_width is not None:
+        _checks.check_count("dense_network", "critic_width", critic_width)
     encoder_key, fusion_key, head_key, critic_key = jax.random.split(key, 4)
     encoders = []
     for size, one in zip(sizes, jax.random.split(encoder_key, len(sizes)), strict=True):
@@ -497,7 +502,11 @@ def dense_network(
         head,
         (0.1 * head.layers[-1].weight, jnp.zeros(1, dtype)),
     )
-    critic = information.joint_critic(num_features, 1, dtype=dtype, key=critic_key)
+    critic = None
+    if critic_width is not None:
+        critic = information.joint_critic(
+            num_features, 1, width=critic_width, dtype=dtype, key=critic_key
+        )
     return Network(tuple(encoders), fusion, head, critic)
 
 

@@ -296,6 +296,17 @@ def test_dense_networks_keep_their_dtype(dtype, gaussian):
     assert {leaf.dtype for leaf in found} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.parametrize(
+    ("width", "expected"), [(64, 3 * 64 + 64 + 64**2 + 64 + 64 + 1), (None, 0)]
+)
+def test_a_network_has_the_critic_asked_for_or_none(width, expected):
+    def critic(key):
+        return multimodal.dense_network((4,), num_features=2, critic_width=width, key=key).critic
+
+    leaves = jax.tree.leaves(eqx.filter_eval_shape(critic, jax.random.key(0)))
+    assert sum(leaf.size for leaf in leaves if hasattr(leaf, "size")) == expected
+
+
 def test_heads_begin_near_zero():
     def last(key):
         layer = multimodal.dense_network((4,), key=key).head.layers[-1]
@@ -343,6 +354,7 @@ def test_networks_that_are_not_whole_are_refused(network):
         ({"sizes": (3, 0)}, "got size 0, expected an integer from 1"),
         ({"width": 0}, "got width 0"),
         ({"num_features": 2.0}, "got num_features 2.0"),
+        ({"critic_width": 0}, "got critic_width 0"),
     ],
 )
 def test_sizes_that_are_no_counts_are_refused(changes, match):
