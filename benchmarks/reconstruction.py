@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import costs, problems, reference, runs
+from benchmarks import costs, held_out, problems, reference, runs
 from benchmarks.metrics import psnr as psnr
 from benchmarks.metrics import ssim as ssim
 from benchmarks.problems import Problem
@@ -450,9 +450,26 @@ def _toy() -> Problem:
     return problems.closed_form_problem(16, 6, SIGMAS)
 
 
+def hidden(size: str) -> Rows:
+    """Stop where measurements that were held out fit best."""
+    if _is_small(size):
+        problem, names, rounds = problems.splatting_problem(16, 6, SIGMAS, (1,)), ("FIRM",), 6
+    else:
+        problem, rounds = problems.splatting_problem(100, 40, SIGMAS, (1,)), 120
+        names = (
+            "FIRM",
+            "FIRM + TV",
+            *_named("CompJF", 20),
+            *_named("factor averaging", 20),
+            *_named("Top-k", 2200, 4940),
+        )
+    return [{"table": "hidden", **row} for row in held_out.rows(problem, names, rounds)]
+
+
 TABLES: Mapping[str, Callable[[str], Rows]] = {
     "quality": quality,
     "quality_large": quality_large,
+    "hidden": hidden,
     "bases": bases,
     "speed": speed,
     "dense": dense,
