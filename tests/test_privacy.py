@@ -315,11 +315,14 @@ def test_a_lost_message_takes_away_its_update_and_leaves_the_scale(data, updates
     assert_close(add(lost.params, share), state.params, rtol=1e-12, atol=1e-14)
 
 
-def test_a_round_in_which_nobody_arrives_changes_nothing(data, key):
+def test_a_round_in_which_nobody_arrives_has_the_noise_of_any_other(data, updates, key):
     state = start(NOISY, data)
     nobody = data._replace(inputs=jnp.zeros_like(data.inputs))
-    after, _ = do_round(NOISY, state, nobody, EVERYONE, key)
-    assert_equal(after.params, state.params)
+    noise, info = do_round(NOISY, state, nobody, EVERYONE, key)
+    np.testing.assert_array_equal(info.weights, 0)
+    after, _ = do_round(NOISY, state, data, EVERYONE, key)
+    mean = jax.tree.map(lambda leaf: leaf / 5, add(*(naive_clip(each, 0.5) for each in updates)))
+    assert_close(add(noise.params, mean), after.params, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -180,11 +180,14 @@ class ServerUpdate(NamedTuple):
         init: `(params) -> state`.
         apply: `(params, update, state, *, key) -> (params, state)`.
         expects: `(params) -> pytree` like the update that `apply` takes; None for the params.
+        needs_messages: Whether a round in which no message arrives leaves params and server as they
+            are, *static*. A server that adds noise must not tell that nobody was there.
     """
 
     init: Any
     apply: Any
     expects: Any = None
+    needs_messages: bool = True
 
 
 class Traffic(NamedTuple):

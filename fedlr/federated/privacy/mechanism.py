@@ -130,8 +130,8 @@ def gaussian_mechanism(
 
     Weights say only who is there. A member without examples is there and counts in m; its update is
     zero. A member whose message does not arrive adds nothing, and the scale stays the same. Who
-    arrives must not depend on what the clients hold. If nobody arrives, `rounds.compose` leaves the
-    params as they are, without noise, and so tells that nobody was there.
+    arrives must not depend on what the clients hold. If nobody arrives, the params move by the
+    noise, so that nothing tells that nobody was there.
 
     The parts only work together: the server refuses another aggregator's update.
 
@@ -239,7 +239,7 @@ def _noisy_server(
         ]
         return server.apply(params, jax.tree.unflatten(structure, mean), state, key=server_key)
 
-    return protocol.ServerUpdate(server.init, apply, server.expects)
+    return protocol.ServerUpdate(server.init, apply, server.expects, needs_messages=False)
 
 
 def _ones(clients: PyTree) -> Float[Array, " clients"]:

@@ -58,10 +58,11 @@ def compose(
     One round: every cohort member receives the params, computes its update and sends a message; the
     aggregator joins the messages; the server moves the params. State of clients outside the cohort
     stays untouched, and so does that of members whose message does not arrive. A cohort of total
-    weight zero changes neither the params nor the server. The key of a member is folded in from its
-    client index, never from its place in the cohort, so the result depends neither on the order of
-    the cohort nor on the chunk size, up to the order of summation. Where the aggregator folds into
-    a running sum, no stack of messages is kept and temporary memory does not grow with the cohort.
+    weight zero changes neither the params nor a server that `needs_messages`. The key of a member
+    is folded in from its client index, never from its place in the cohort, so the result depends
+    neither on the order of the cohort nor on the chunk size, up to the order of summation. Where
+    the aggregator folds into a running sum, no stack of messages is kept and temporary memory does
+    not grow with the cohort.
 
     Args:
         local_update: What one client does, `protocol.LocalUpdate`.
@@ -205,12 +206,11 @@ def compose(
             state.params, update, state.server.server, key=server_key
         )
         protocol.check_like("compose", "params of the server", params, state.params)
-        arrived = jnp.sum(weights) > 0
-        params, server_memory = _choose(
-            arrived,
-            (params, ServerMemory(aggregator_state, server_state)),
-            (state.params, state.server),
-        )
+        server_memory = ServerMemory(aggregator_state, server_state)
+        if server.needs_messages:
+            params, server_memory = _choose(
+                jnp.sum(weights) > 0, (params, server_memory), (state.params, state.server)
+            )
         info = protocol.RoundInfo(
             losses=protocol.losses("compose", metrics, size),
             weights=weights,
