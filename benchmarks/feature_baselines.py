@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from sklearn import cross_decomposition, decomposition, random_projection
+from sklearn import (
+    cross_decomposition,
+    decomposition,
+    pipeline,
+    preprocessing,
+    random_projection,
+)
 
 from benchmarks import feature_data, feature_methods
 
@@ -44,11 +50,23 @@ class Raw(Constant):
         return inputs
 
 
+def products(d: int, seed: int) -> pipeline.Pipeline:
+    """Make principal components, scaled, with all their squares and products."""
+    return pipeline.make_pipeline(
+        decomposition.PCA(d, random_state=seed),
+        preprocessing.StandardScaler(),
+        preprocessing.PolynomialFeatures(2, include_bias=False),
+    )
+
+
+# What has a number of features of its own.
+OWN_SIZE = ("raw inputs", "PCA with products")
 BASELINES: dict[str, Callable[[int, int], Any]] = {
     "constant": lambda d, _: Constant(d),
     "noise": Noise,
     "raw inputs": lambda d, _: Raw(d),
     "PCA": lambda d, seed: decomposition.PCA(d, random_state=seed),
+    "PCA with products": products,
     "TSVD": lambda d, seed: decomposition.TruncatedSVD(d, random_state=seed),
     "random projection": lambda d, seed: random_projection.GaussianRandomProjection(
         random_state=seed
@@ -63,7 +81,7 @@ def fit(method: str, problem: feature_data.Problem, num_features: int) -> featur
     Args:
         method: One of `BASELINES`; "PLS" has a head of its own too, "constant" the mean.
         problem: The problem.
-        num_features: d; "raw inputs" has its own.
+        num_features: d; "raw inputs" has its own, and "PCA with products" d (d + 3) / 2.
 
     Returns:
         The features.
@@ -87,7 +105,7 @@ def fit(method: str, problem: feature_data.Problem, num_features: int) -> featur
     stacked = [np.stack(arrays) for arrays in zip(*found, strict=True)]
     predictions = stacked[2] if len(stacked) > 2 else None
     return feature_methods.Features(
-        method, stacked[0], stacked[1], predictions, has_own_size=method == "raw inputs"
+        method, stacked[0], stacked[1], predictions, has_own_size=method in OWN_SIZE
     )
 
 

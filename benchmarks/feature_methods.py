@@ -35,6 +35,7 @@ __all__ = [
     "starts",
     "structure",
     "train",
+    "validate",
     "without_critic",
 ]
 
@@ -43,6 +44,8 @@ NO_TERMS = fdrmfl.Weights(None, None, None)
 
 class Plan(NamedTuple):
     """How networks are trained, the same for all methods.
+
+    The defaults are the best of the benchmark table `training`.
 
     Attributes:
         num_features: d.
@@ -54,10 +57,10 @@ class Plan(NamedTuple):
     """
 
     num_features: int = 8
-    num_rounds: int = 40
-    num_steps: int = 16
+    num_rounds: int = 80
+    num_steps: int = 50
     batch_size: int = 16
-    rate: float = 3e-3
+    rate: float = 3e-4
     lanes: int = 10
 
 
@@ -335,33 +338,59 @@ def learn(
 
 
 def choose(name: str, problem: feature_data.Problem, plan: Plan, grid: PyTree) -> PyTree:
-    """Choose numbers of a method by the own head's error on a fifth of the training samples.
+    """Choose numbers of a method by the validation error.
 
     Args:
         name: One of `METHODS`.
         problem: The problem; its test samples are not read.
         plan: How networks are trained.
-        grid: Candidates, leaves of shape (candidates,). Scales stay those of all training samples.
+        grid: Candidates, leaves of shape (candidates,).
 
     Returns:
         The best candidate of each split, leaves of shape (splits,).
+    """
+    splits = len(problem.scales)
+    (count,) = {len(leaf) for leaf in jax.tree.leaves(grid)}
+    numbers = jax.tree.map(lambda leaf: np.repeat(leaf, splits), grid)
+    errors = validate(name, problem, plan, numbers=numbers, repeats=count)
+    best = np.argmin(errors, axis=0)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[best], grid)
+
+
+def validate(
+    name: str,
+    problem: feature_data.Problem,
+    plan: Plan,
+    *,
+    numbers: PyTree = None,
+    repeats: int = 1,
+) -> Float[np.ndarray, "repeats splits"]:
+    """Train on four fifths of the training samples, and test the own head on the others.
+
+    Args:
+        name: One of `METHODS`, but for that of lone clients.
+        problem: The problem; its test samples are not read. Scales stay those of all training
+            samples.
+        plan: How networks are trained.
+        numbers: As in `train`.
+        repeats: As in `train`.
+
+    Returns:
+        Mean squared errors of standardized targets.
     """
     mask, splits = np.asarray(problem.train.mask), len(problem.scales)
     rng = np.random.default_rng(2)
     validation = mask & (rng.random(mask.shape) < 0.2)
     inner = problem._replace(train=problem.train._replace(mask=mask & ~validation))
-    (count,) = {len(leaf) for leaf in jax.tree.leaves(grid)}
-    numbers = jax.tree.map(lambda leaf: np.repeat(leaf, splits), grid)
-    trained = train(name, inner, plan, numbers=numbers, repeats=count)
+    trained = train(name, inner, plan, numbers=numbers, repeats=repeats)
     encode = _encoder(sizes_of(problem), plan.num_features, False)
     errors = []
-    for candidate in range(count):
-        own = slice(candidate * splits, (candidate + 1) * splits)
+    for repeat in range(repeats):
+        own = slice(repeat * splits, (repeat + 1) * splits)
         params = jax.tree.map(lambda leaf, i=own: leaf[i], without_critic(trained.params))
         residuals = np.asarray(encode(params, problem.train.inputs)[1]) - problem.train.targets
         errors.append(np.mean(residuals**2, axis=(1, 2), where=validation))
-    best = np.argmin(errors, axis=0)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[best], grid)
+    return np.stack(errors)
 
 
 def without_critic(params: PyTree) -> PyTree:

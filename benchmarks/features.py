@@ -37,6 +37,9 @@ RESPONSES = {
 }
 # Of information, alignment and contrast.
 PAPER_MODE = (0.1, 0.01, 0.1)
+# Rounds, steps of a client in each, and learning rates of `training`.
+LENGTHS = ((40, 16), (40, 50), (80, 50))
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 # What is chosen from on inner splits; the strengths are those of MOON's paper.
 STRENGTHS = (0.1, 1.0, 5.0, 10.0)
 WEIGHTS = tuple(itertools.product((0.0, 0.1, 1.0), (0.0, 0.1), (0.0, 0.1)))
@@ -119,11 +122,41 @@ def _meat_plan(size: str, num_features: int = 8) -> Plan:
     return plan._replace(num_rounds=2, num_steps=2, lanes=2) if _is_small(size) else plan
 
 
+def training(size: str) -> Rows:
+    """Train FedAvg for longer and shorter: from this table all others take their plan."""
+    small, splits, rows = _is_small(size), _splits(size), []
+    problem = _meat(splits)
+    for num_rounds, num_steps in ((1, 2),) if small else LENGTHS:
+        for rate in (3e-3,) if small else RATES:
+            plan = _meat_plan(size)._replace(num_rounds=num_rounds, num_steps=num_steps, rate=rate)
+            errors = feature_methods.validate("FedAvg", problem, plan)[0] * problem.scales**2
+            rows.append(
+                {
+                    "table": "training",
+                    "method": "FedAvg",
+                    "rounds": num_rounds,
+                    "steps": num_steps,
+                    "rate": rate,
+                    "validation_mse": float(errors.mean()),
+                    "sd": float(errors.std(ddof=1)),
+                }
+            )
+    return rows
+
+
 def tecator(size: str) -> Rows:
     """Predict the fat of meat from two ranges of its spectrum, by all methods."""
     plan, splits = _meat_plan(size), _splits(size)
     problem = _meat(splits)
-    names = ("constant", "raw inputs", "PCA", "TSVD", "random projection", "PLS")
+    names = (
+        "constant",
+        "raw inputs",
+        "PCA",
+        "PCA with products",
+        "TSVD",
+        "random projection",
+        "PLS",
+    )
     found = [feature_baselines.fit(name, problem, plan.num_features) for name in names]
     found += [
         feature_methods.learn(name, problem, plan, numbers=numbers, label=label)
@@ -216,7 +249,7 @@ def _worlds(size: str) -> tuple[feature_data.Worlds, Plan]:
     """Draw worlds of five clients, and tell how networks are trained on them."""
     if _is_small(size):
         return feature_data.worlds(2, 2, 40, 20), Plan(num_rounds=2, num_steps=2, lanes=2)
-    plan = Plan(num_rounds=40, num_steps=250, batch_size=32, lanes=3)
+    plan = Plan(num_rounds=40, num_steps=250, batch_size=32, rate=3e-3, lanes=3)
     return feature_data.worlds(3, 5, 4000, 500), plan
 
 
@@ -305,15 +338,14 @@ def privacy(size: str) -> Rows:
     rows = []
     for (num_clients, num_train), epsilons in settings.items():
         worlds = feature_data.worlds(2 if small else 5, num_clients, num_train, 10)
-        rows += [
-            {"table": "privacy", **feature_privacy.utility(worlds, plan, epsilon)}
-            for epsilon in epsilons
-        ]
+        found = feature_privacy.utility(worlds, plan, epsilons)
+        rows += [{"table": "privacy", **row} for row in found]
     return rows
 
 
 TABLES: dict[str, Callable[[str], Rows]] = {
     "simulation": simulation,
+    "training": training,
     "tecator": tecator,
     "dimensions": dimensions,
     "ablation": ablation,
