@@ -1,8 +1,8 @@
 """Contractions of a tensor with the columns of CP factors, from its ends, arguments unchecked.
 
-A run of first or last modes is contracted by one matrix product with the Khatri-Rao product of
-their factors. What is left, the partial, keeps its rank axis in front after first modes and at
-the end after last modes, where the matrix product leaves it: no copy is made. All modes that stay
+A run of first or last modes is contracted by a matrix product with the Khatri-Rao product of their
+factors. What is left, the partial, keeps its rank axis in front after first modes and at the end
+after last modes, where the matrix product leaves it: the tensor is not copied. All modes that stay
 can be served from one partial.
 """
 

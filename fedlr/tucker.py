@@ -112,6 +112,7 @@ def sthosvd(
     ranks: tuple[int, ...],
     *,
     basis: subspace.BasisFinder = _GRAM,
+    modes: Sequence[int] | None = None,
     effective_ranks: Int[Array, " ndim"] | None = None,
 ) -> TuckerTensor:
     """Compute the sequentially truncated HOSVD, which projects the tensor mode by mode.
@@ -130,15 +131,18 @@ def sthosvd(
         x: Tensor of N >= 1 modes, float32 or float64.
         ranks: Ranks (r_0, ..., r_{N-1}), a tuple with 1 <= r_n <= I_n; *static*.
         basis: Basis finder; *static*.
+        modes: Modes to project; all if None; *static*. The others have the identity as factor, and
+            their size as rank. A full rank takes a pass over the tensor that makes nothing smaller.
         effective_ranks: Ranks <= `ranks` that really count, int (N,), traced; all if None.
 
     Returns:
         TuckerTensor with orthonormal factors, but for the masked columns, which are zero.
 
     Raises:
-        ValueError: If the ranks do not fit the shape, are not a tuple of ints, `x` is not
-            floating, `effective_ranks` is not an integer vector of N entries, or the result with
-            `effective_ranks` is differentiated.
+        ValueError: If the ranks do not fit the shape, are not a tuple of ints, or are not the sizes
+            of modes left out, a mode is absent or repeated, `x` is not floating, `effective_ranks`
+            is not an integer vector of N entries, or the result with `effective_ranks` is
+            differentiated.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,8 +161,19 @@ def sthosvd(
     x = _check_input("sthosvd", x, ranks)
     if effective_ranks is not None:
         _check_effective("sthosvd", "effective_ranks", effective_ranks, x.ndim)
+    visited = tuple(range(x.ndim)) if modes is None else tuple(modes)
+    for mode in visited:
+        _checks.check_mode("sthosvd", mode, x.ndim)
+    if len(set(visited)) != len(visited):
+        raise _checks.fail("sthosvd", f"modes {visited}", "distinct modes")
     core, factors = x, {}
     for mode in mode_order(x.shape):
+        if mode not in visited:
+            if ranks[mode] != x.shape[mode]:
+                got = f"rank {ranks[mode]} of mode {mode}, which is left out"
+                raise _checks.fail("sthosvd", got, f"its size {x.shape[mode]}")
+            factors[mode] = jnp.eye(x.shape[mode], dtype=x.dtype)
+            continue
         factor = basis(multilinear.unfold(core, mode), ranks[mode], mode=mode)
         if effective_ranks is not None:
             kept = _leading(ranks[mode], effective_ranks[mode])

@@ -524,10 +524,14 @@ def compressed(max_iters, polish_iters, oversampling, tol=0.0):
 LARGER = (6, 5, 7)
 
 
-def test_compression_without_loss_is_als_from_the_projected_start(rng):
-    bases = [np.linalg.qr(rng.standard_normal((size, 4)))[0] for size in LARGER]
-    x = np.einsum("abc,ia,jb,kc->ijk", rng.standard_normal((4, 4, 4)), *bases)
-    factors, weights = draw(rng, LARGER), np.array([2.0, -0.5])
+@pytest.mark.parametrize("shape", [LARGER, (6, 3, 7), (4, 3, 2)])  # all, some and no modes
+def test_compression_without_loss_is_als_from_the_projected_start(rng, shape):
+    sizes = [min(4, size) for size in shape]
+    bases = [
+        np.linalg.qr(rng.standard_normal(sides))[0] for sides in zip(shape, sizes, strict=True)
+    ]
+    x = np.einsum("abc,ia,jb,kc->ijk", rng.standard_normal(sizes), *bases)
+    factors, weights = draw(rng, shape), np.array([2.0, -0.5])
     projected = [u @ u.T @ a for u, a in zip(bases, factors, strict=True)]
     fit, info = compressed(5, 2, 2)(x, model(factors, weights), 0.3)
     expected, objectives = reference.als(

@@ -84,6 +84,19 @@ def compiled_best(x):
     return compiled_hooi(RANKS, 100)(x)[0]
 
 
+def test_modes_left_out_of_sthosvd_keep_their_size(rng):
+    x = jnp.asarray(rng.standard_normal(SHAPE))
+    ranks = (RANKS[0], SHAPE[1], RANKS[2])
+    fit = jax.jit(lambda x: tucker.sthosvd(x, ranks, modes=(2, 0)))(x)
+    np.testing.assert_array_equal(fit.factors[1], np.eye(SHAPE[1]))
+    # A full basis only turns the core.
+    assert_same_tensor(fit, compiled("sthosvd", ranks)(x))
+    with pytest.raises(ValueError, match=r"sthosvd: got rank .* of mode 1, which is left out"):
+        tucker.sthosvd(x, RANKS, modes=(0, 2))
+    with pytest.raises(ValueError, match=r"sthosvd: got modes \(0, 0\), expected distinct"):
+        tucker.sthosvd(x, ranks, modes=(0, 0))
+
+
 def test_sthosvd_error_is_the_sum_of_the_discarded_tails(rng):
     x = rng.standard_normal(SHAPE)
     _, _, discarded = reference.sthosvd(x, RANKS, tucker.mode_order(SHAPE))

@@ -242,18 +242,15 @@ def compressed_als(
     basis = subspace.randomized(
         key=key, oversampling=oversampling, power_iters=1, test_matrix=sketching.sign
     )
-    rank = init.rank + oversampling
-    core, bases = x, {}
-    # A short mode would be turned at the price of a pass over the tensor, and not get shorter.
-    for mode in (mode for mode in tucker.mode_order(x.shape) if x.shape[mode] > rank):
-        bases[mode] = basis(multilinear.unfold(core, mode), rank, mode=mode)
-        core = multilinear.mode_dot(core, bases[mode].T, mode)
+    ranks = tuple(min(init.rank + oversampling, size) for size in x.shape)
+    longer = [mode for mode, rank in enumerate(ranks) if rank < x.shape[mode]]
+    compressed = tucker.sthosvd(x, ranks, basis=basis, modes=longer)
     start = init._replace(
-        factors=tuple(bases[n].T @ a if n in bases else a for n, a in enumerate(init.factors))
+        factors=tuple(u.T @ a for u, a in zip(compressed.factors, init.factors, strict=True))
     )
-    small, info = als(core, init=start, ridge=ridge, max_iters=max_iters, tol=tol)
+    small, info = als(compressed.core, init=start, ridge=ridge, max_iters=max_iters, tol=tol)
     expanded = small._replace(
-        factors=tuple(bases[n] @ a if n in bases else a for n, a in enumerate(small.factors))
+        factors=tuple(u @ a for u, a in zip(compressed.factors, small.factors, strict=True))
     )
     fit, polished = als(x, init=expanded, ridge=ridge, max_iters=polish_iters, tol=0.0)
     return fit, polished._replace(converged=info.converged)
