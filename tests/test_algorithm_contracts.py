@@ -268,6 +268,15 @@ CASES = {
     "mfedloru": factored(mfedloru, 6, 6, ranked=True, accumulate_every=None)._replace(
         symmetric=False
     ),
+    "fedloru_paper_code": Case(
+        lambda chunk: fedloru.paper_code(
+            affine_error, rank=1, local_steps=2, num_rounds=4, chunk_size=chunk
+        ),
+        affine,
+        (24, 24),
+        symmetric=False,
+        observe=fedloru.merged_params,
+    ),
     "fedlora": factored(fedlora, 6, 6),
     "ffa_lora": factored(ffa_lora, 4, 4),
     "rolora": factored(rolora, 4, 3),
@@ -469,7 +478,6 @@ def test_round_preserves_structure_shapes_and_dtypes_of_the_state(setting, dtype
     start = jax.eval_shape(setting.algorithm.init, params, data, key=key)
     state, info = jax.eval_shape(setting.algorithm.round, start, data, everyone(), key=key)
     assert kinds(state) == kinds(start)
-    # Of whole numbers, a round is counted.
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
     # Whole numbers only count rounds.
     assert dtypes - {jnp.dtype(jnp.int32)} == {jnp.dtype(dtype)}
@@ -576,6 +584,8 @@ def test_chunks_of_clients_give_the_numbers_of_single_clients(setting):
     # Three is no divisor of four: the second chunk is padded.
     found = run(setting.case.build(3), setting.params, setting.data, key=key)
     assert_same_run(setting.case, found, expected)
+    with pytest.raises(ValueError, match="got chunk_size 0"):
+        setting.case.build(0).round(setting.start, setting.data, everyone(), key=key)
 
 
 def test_cohorts_out_of_range_are_refused(setting):

@@ -300,11 +300,15 @@ def test_dense_networks_keep_their_dtype(dtype, gaussian):
     ("width", "expected"), [(64, 3 * 64 + 64 + 64**2 + 64 + 64 + 1), (None, 0)]
 )
 def test_a_network_has_the_critic_asked_for_or_none(width, expected):
-    def critic(key):
-        return multimodal.dense_network((4,), num_features=2, critic_width=width, key=key).critic
+    def draw(key):
+        network = multimodal.dense_network((4,), num_features=2, critic_width=width, key=key)
+        usual = multimodal.dense_network((4,), num_features=2, key=key)
+        arrays = [eqx.filter(own, eqx.is_array) for own in (network, usual)]
+        return tuple((own.critic, (own.encoders, own.fusion, own.head)) for own in arrays)
 
-    leaves = jax.tree.leaves(eqx.filter_eval_shape(critic, jax.random.key(0)))
-    assert sum(leaf.size for leaf in leaves if hasattr(leaf, "size")) == expected
+    (critic, rest), (_, usual) = jax.jit(draw)(jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(critic)) == expected
+    jax.tree.map(np.testing.assert_array_equal, rest, usual)
 
 
 def test_heads_begin_near_zero():

@@ -197,10 +197,10 @@ def noise_and_other_draws(key):
 
     inner = protocol.ServerUpdate(lambda _: (), apply)
     server = privacy.gaussian_mechanism(1.0, 1.0, clients_per_round=1, server=inner).server
-    _, server_key, arrival_key = jax.random.split(key, 3)  # as `compose` does
+    client_key, server_key, arrival_key = jax.random.split(key, 3)  # as `compose` does
     total = privacy.ClippedSum(jnp.zeros(3))
     noise, inner_key = server.apply(jnp.zeros(3), total, (), key=server_key)
-    keys = [jnp.stack([inner_key, arrival_key])]
+    keys = [jnp.stack([inner_key, arrival_key, client_key])]
     for _ in range(3):
         keys.append(children(keys[-1]))
     draws = jax.vmap(lambda key: jax.random.normal(key, 3))(jnp.concatenate(keys))
@@ -210,10 +210,10 @@ def noise_and_other_draws(key):
 def test_no_other_key_of_the_round_gives_the_noise(key):
     """Whoever sees what the inner server draws, e.g. fresh factors, must not know the noise."""
     noise, draws = noise_and_other_draws(key)
-    assert len(draws) == 2 * (1 + 8 + 8**2 + 8**3)
+    assert len(draws) == 3 * (1 + 8 + 8**2 + 8**3)
     assert np.abs(draws - noise).max(axis=1).min() > 1e-3
-    # With both keys the same, no draw of the inner server would be free of the arrivals.
-    assert len(np.unique(draws[:2], axis=0)) == 2
+    # With two keys the same, no draw of the inner server would be free of the others.
+    assert len(np.unique(draws[:3], axis=0)) == 3
 
 
 # Whole rounds.
@@ -323,6 +323,19 @@ def test_a_round_in_which_nobody_arrives_has_the_noise_of_any_other(data, update
     after, _ = do_round(NOISY, state, data, EVERYONE, key)
     mean = jax.tree.map(lambda leaf: leaf / 5, add(*(naive_clip(each, 0.5) for each in updates)))
     assert_close(add(noise.params, mean), after.params, rtol=1e-12, atol=1e-14)
+
+
+def test_a_round_in_which_nobody_arrives_is_one_of_the_inner_server(data, key):
+    server = servers.from_optax(optax.adam(0.1))
+    private = privacy.gaussian_mechanism(0.5, 2.0, clients_per_round=5, server=server)
+    stacked = private._replace(aggregator=private.aggregator._replace(fold=None))
+    nobody = data._replace(inputs=jnp.zeros_like(data.inputs))
+    for mechanism in (private, stacked):
+        algorithm = build(mechanism)
+        state, _ = do_round(algorithm, start(algorithm, data), nobody, EVERYONE, key)
+        # The first step of Adam has the size of the rate.
+        steps = jax.tree.map(lambda leaf: jnp.abs(leaf) - 0.1, state.params)
+        assert_close(steps, jax.tree.map(jnp.zeros_like, steps), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -146,6 +146,7 @@ def paper_code(
     batch_size: int = 32,
     where: Callable[[tuple, Array], bool] = lowrank.is_matrix,
     num_rounds: int = 400,
+    chunk_size: int | None = None,
 ) -> protocol.FederatedAlgorithm:
     """Build FedLoRU as its published code does.
 
@@ -163,6 +164,7 @@ def paper_code(
         batch_size: Examples per step, *static*.
         where: Which leaves to factorize; published: the convolutions of the residual stages.
         num_rounds: Rounds over which the learning rate falls.
+        chunk_size: Clients worked on at once, *static*.
 
     Returns:
         A federated algorithm as that of `build`.
@@ -200,7 +202,8 @@ def paper_code(
             optax.add_decayed_weights(1e-4),
             optax.sgd(rate, momentum=0.9),
         )
-        return assemble(loss, local.Training(optimizer, local_steps, batch_size), settings)
+        training = local.Training(optimizer, local_steps, batch_size)
+        return assemble(loss, training, settings, chunk_size=chunk_size)
 
     return rounds.scheduled(of_rate, cosine)
 

@@ -1,4 +1,4 @@
-"""Checks of pytrees of parameters and gradients."""
+"""Checks of pytrees of parameters and gradients, and a ratio that may be of zeros."""
 
 import jax
 import jax.numpy as jnp

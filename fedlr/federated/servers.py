@@ -231,4 +231,4 @@ def of_values(server: protocol.ServerUpdate) -> protocol.ServerUpdate:
         difference = jax.tree.map(jnp.subtract, update, lowrank.trainable(params))
         return server.apply(params, difference, state, key=key)
 
-    return protocol.ServerUpdate(server.init, apply, server.expects)
+    return server._replace(apply=apply)

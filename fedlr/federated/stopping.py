@@ -155,8 +155,8 @@ def corrected(
     In the reference setting (benchmark table `quality`, 100 x 100, sigma .05 and .1) the state
     returned is within 0.3 dB of the best one for every method but averaged factors, whose PSNR
     jumps from round to round (1.2 dB), and Top-k of states below the size of the support, whose
-    images get worse while their residual falls, and even the error of projections without noise, so
-    that no rule that reads residuals can help (6 dB). With total variation images go on getting
+    images get worse while their residual falls, as does even the error of projections without
+    noise, so that residuals cannot tell (6 dB). With total variation images go on getting
     better at the noise level, and much better where entries are missing (17 dB): leave this rule
     out. Elsewhere it is often too early: by up to .3 dB at 250 x 250, 1.4 at sigma .2 (`sweep`),
     1.7 for volumes, 2.1 for the random phantoms of `clients`; in `operators` by .9 for CompJF in

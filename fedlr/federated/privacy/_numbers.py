@@ -2,21 +2,22 @@
 
 import math
 
+import numpy as np
 from jax import core
 from jaxtyping import Array, Float
 
 from fedlr import _checks
 
 
-def check_positive(function: str, name: str, value: float | Float[Array, ""]) -> None:
-    """Refuse what is not above 0, or infinite; tracers pass."""
-    if not isinstance(value, core.Tracer) and not 0 < value < math.inf:
+def check_size(function: str, name: str, value: float | Float[Array, ""]) -> None:
+    """Refuse what is no finite number above 0; tracers pass."""
+    if not isinstance(value, core.Tracer) and not (np.ndim(value) == 0 and 0 < value < math.inf):
         raise _checks.fail(function, f"{name} {value}", "a finite number above 0")
 
 
 def check_multiplier(function: str, value: float | Float[Array, ""]) -> None:
-    """Refuse a noise multiplier that is negative or infinite; tracers pass."""
-    if not isinstance(value, core.Tracer) and not 0 <= value < math.inf:
+    """Refuse a noise multiplier that is no finite number from 0; tracers pass."""
+    if not isinstance(value, core.Tracer) and not (np.ndim(value) == 0 and 0 <= value < math.inf):
         raise _checks.fail(function, f"noise_multiplier {value}", "a finite number from 0")
 
 

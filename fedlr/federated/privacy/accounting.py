@@ -324,5 +324,5 @@ def _check_release(function: str, multiplier: float, num_rounds: int, delta: flo
 
 
 def _check_budget(function: str, budget: Budget) -> None:
-    _numbers.check_positive(function, "epsilon", budget.epsilon)
+    _numbers.check_size(function, "epsilon", budget.epsilon)
     _numbers.check_delta(function, budget.delta)

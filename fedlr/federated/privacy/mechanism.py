@@ -181,9 +181,9 @@ def gaussian_mechanism(
         McMahan et al. 2018, arXiv 1710.06963, Algorithm 1. There clients are drawn independently
         and weighted; here they are drawn as the run does, and count equally.
     """
-    _numbers.check_positive("gaussian_mechanism", "max_norm", max_norm)
+    _numbers.check_size("gaussian_mechanism", "max_norm", max_norm)
     _numbers.check_multiplier("gaussian_mechanism", noise_multiplier)
-    _numbers.check_positive("gaussian_mechanism", "clients_per_round", clients_per_round)
+    _numbers.check_size("gaussian_mechanism", "clients_per_round", clients_per_round)
     inner = servers.from_optax(optax.sgd(1.0)) if server is None else server
     noisy = _noisy_server(inner, max_norm, noise_multiplier, clients_per_round)
     return Mechanism(_clipped_sum(max_norm), noisy, _ones)
@@ -239,7 +239,7 @@ def _noisy_server(
         ]
         return server.apply(params, jax.tree.unflatten(structure, mean), state, key=server_key)
 
-    return protocol.ServerUpdate(server.init, apply, server.expects, needs_messages=False)
+    return server._replace(apply=apply, needs_messages=False)
 
 
 def _ones(clients: PyTree) -> Float[Array, " clients"]:

@@ -57,12 +57,12 @@ def compose(
 
     One round: every cohort member receives the params, computes its update and sends a message; the
     aggregator joins the messages; the server moves the params. State of clients outside the cohort
-    stays untouched, and so does that of members whose message does not arrive. A cohort of total
-    weight zero changes neither the params nor a server that `needs_messages`. The key of a member
-    is folded in from its client index, never from its place in the cohort, so the result depends
-    neither on the order of the cohort nor on the chunk size, up to the order of summation. Where
-    the aggregator folds into a running sum, no stack of messages is kept and temporary memory does
-    not grow with the cohort.
+    stays untouched, and so does that of members whose message does not arrive. Where the server
+    `needs_messages`, a cohort of total weight zero changes neither the params nor the server. The
+    key of a member is folded in from its client index, never from its place in the cohort, so the
+    result depends neither on the order of the cohort nor on the chunk size, up to the order of
+    summation. Where the aggregator folds into a running sum, no stack of messages is kept and
+    temporary memory does not grow with the cohort.
 
     Args:
         local_update: What one client does, `protocol.LocalUpdate`.
