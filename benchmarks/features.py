@@ -123,7 +123,10 @@ def _meat_plan(size: str, num_features: int = 8) -> Plan:
 
 
 def training(size: str) -> Rows:
-    """Train FedAvg for longer and shorter: from this table all others take their plan."""
+    """Train FedAvg for longer and shorter: all tables of the spectra of meat have the best plan.
+
+    The splits are theirs too, so that a sample which is held out here may be for the test there.
+    """
     small, splits, rows = _is_small(size), _splits(size), []
     problem = _meat(splits)
     for num_rounds, num_steps in ((1, 2),) if small else LENGTHS:

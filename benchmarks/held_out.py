@@ -39,7 +39,7 @@ def rows(problem: Problem, names: Sequence[str], num_rounds: int) -> Rows:
     table = []
     for name in names:
         follow = functools.partial(_follow, name, problem, num_rounds, hidden)
-        found = jax.jit(lambda draws, follow=follow: jax.lax.map(follow, draws))(problem.draws)
+        found = jax.jit(functools.partial(jax.lax.map, follow))(problem.draws)
         psnr, held_out, noiseless, corrected = map(np.asarray, found)
         table += [
             {
@@ -63,6 +63,7 @@ def _follow(
 ) -> tuple[Array, Array, Array, Array]:
     """Run without the hidden data; return PSNR and both errors by round, and the corrected stop."""
     everything = draw.clients
+    hidden = hidden & everything.mask
     seen = everything._replace(mask=everything.mask & ~hidden)
     method = methods.build(name, problem, draw._replace(clients=seen))
     project = jax.vmap(problem.forward)
