@@ -23,14 +23,13 @@ WEIGHT = 0.1
 METHOD = feature_methods.METHODS["FDRMFL"]
 
 
-def ablate(problem: feature_data.Problem, plan: feature_methods.Plan, *, repeats: int) -> Rows:
+def ablate(problem: feature_data.Problem, plan: feature_methods.Plan) -> Rows:
     """Turn every term on and off.
 
     Args:
         problem: The problem.
         plan: How networks are trained; the program works on so many settings and splits at once as
             it has lanes.
-        repeats: How often both ways to run them are timed.
 
     Returns:
         A row for each of the eight settings, compared with that of no term, then one for each way
@@ -43,7 +42,7 @@ def ablate(problem: feature_data.Problem, plan: feature_methods.Plan, *, repeats
         jax.tree.map(jnp.asarray, problem.train),
         jax.random.split(jax.random.key(1), len(problem.scales)),
     )
-    params, rows = _time_both(one, jnp.asarray(settings), of_split, plan.lanes, repeats)
+    params, rows = _time_both(one, jnp.asarray(settings), of_split, plan.lanes)
     scores, splits = [], len(problem.scales)
     for place, setting in enumerate(settings):
         lanes = slice(place * splits, (place + 1) * splits)
@@ -67,9 +66,9 @@ def _training(problem: feature_data.Problem, plan: feature_methods.Plan) -> Call
 
 
 def _time_both(
-    one: Callable[..., PyTree], settings: jax.Array, of_split: PyTree, lanes: int, repeats: int
+    one: Callable[..., PyTree], settings: jax.Array, of_split: PyTree, lanes: int
 ) -> tuple[PyTree, Rows]:
-    """Run and time one program for all settings and splits, and a loop of single runs."""
+    """Run and time one program for all settings and splits, and a loop of single runs, once."""
     (splits,) = {len(leaf) for leaf in jax.tree.leaves(of_split)}
     count = len(settings) * splits
 
@@ -95,7 +94,7 @@ def _time_both(
         kept["loop"] = [single(*own) for own in singles]
         return kept["loop"]
 
-    times = timing.measure({"program": run_program, "loop": run_loop}, repeats=repeats, warmup=0)
+    times = timing.measure({"program": run_program, "loop": run_loop}, repeats=1, warmup=0)
     looped = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept["loop"])
     difference = jax.tree.map(jnp.subtract, kept["program"], looped)
     apart = float(optax.global_norm(difference) / optax.global_norm(looped))

@@ -210,8 +210,7 @@ def dimensions(size: str) -> Rows:
 
 def ablation(size: str) -> Rows:
     """Turn every term on and off, in one program, and time that beside a loop of single runs."""
-    repeats = 1 if _is_small(size) else 2
-    rows = feature_ablation.ablate(_meat(_splits(size)), _meat_plan(size), repeats=repeats)
+    rows = feature_ablation.ablate(_meat(_splits(size)), _meat_plan(size))
     return [{"table": "ablation", **row} for row in rows]
 
 
