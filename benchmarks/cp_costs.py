@@ -21,8 +21,8 @@ NOISE = 0.05
 NEAR = 1.01
 HIDDEN = (0.2, 0.5, 0.8)
 STARTS = 8
-# Seed of a start from which the fits with and without compression find the planted model.
-GOOD_START = 4
+# Seeds of starts from which the fits with and without compression find the planted models.
+GOOD_START = {"float32": 6, "float64": 1}
 
 
 class CPSizes(NamedTuple):
@@ -51,10 +51,10 @@ def planted(shape: tuple[int, ...], rank: int, seed: int) -> tuple[np.ndarray, n
 
 def fit_rows(sizes: CPSizes, dtype: type) -> list[dict[str, Any]]:
     """Time a fixed number of sweeps from one start, plain and compressed."""
-    rows = []
+    rows, seed = [], GOOD_START[np.dtype(dtype).name]
     for shape in sizes.shapes:
         data = planted(shape, sizes.rank, seed=0)[0].astype(dtype)
-        start = [np.asarray(a) for a in draw(shape, sizes.rank, GOOD_START, dtype).factors]
+        start = [np.asarray(a) for a in draw(shape, sizes.rank, seed, dtype).factors]
         x, init = jnp.asarray(data), as_cp(start)
         fixed = {"max_iters": sizes.sweeps, "tol": 0.0}
         methods = {
