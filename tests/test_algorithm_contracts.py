@@ -24,15 +24,10 @@ from fedlr.algorithms import (
     comp_jf,
     fdrmfl,
     fedavg,
-    fedex_lora,
-    fedhm,
-    fedlora,
     fedloru,
     fedlrt,
     fednova,
-    ffa_lora,
     firm,
-    flexlora,
     flora,
     local_only,
     low_rank_descent,
@@ -268,22 +263,8 @@ CASES = {
     "mfedloru": factored(mfedloru, 6, 6, ranked=True, accumulate_every=None)._replace(
         symmetric=False
     ),
-    "fedloru_paper_code": Case(
-        lambda chunk: fedloru.paper_code(
-            affine_error, rank=1, local_steps=2, num_rounds=4, chunk_size=chunk
-        ),
-        affine,
-        (24, 24),
-        symmetric=False,
-        observe=fedloru.merged_params,
-    ),
-    "fedlora": factored(fedlora, 6, 6),
-    "ffa_lora": factored(ffa_lora, 4, 4),
     "rolora": factored(rolora, 4, 3),
     "flora": factored(flora, 6, 1),
-    "fedex_lora": factored(fedex_lora, 6, 6),
-    "flexlora": factored(flexlora, 6, 6),
-    "fedhm": factored(fedhm, 6, 6),
     "fedlrt": factored(fedlrt, 10, 12, threshold=0.0),
     "local_only": Case(
         lambda chunk: local_only.build(
