@@ -34,7 +34,6 @@ from fedlr.algorithms import (
     mfedloru,
     moon,
     pfedloru,
-    rolora,
     scaffold,
     vertical_multifac,
 )
@@ -263,7 +262,6 @@ CASES = {
     "mfedloru": factored(mfedloru, 6, 6, ranked=True, accumulate_every=None)._replace(
         symmetric=False
     ),
-    "rolora": factored(rolora, 4, 3),
     "flora": factored(flora, 6, 1),
     "fedlrt": factored(fedlrt, 10, 12, threshold=0.0),
     "local_only": Case(

@@ -74,7 +74,7 @@ NAMES = list(BUILD)
 ADAPTED = [name for name in NAMES if name not in ("fedpara", "fedlrt")]
 # Of the others, one of every kind is among the cases of `test_algorithm_contracts`.
 BEYOND_CONTRACTS = [
-    name for name in NAMES if name not in ("rolora", "flora", "fedlrt", "pfedloru", "mfedloru")
+    name for name in NAMES if name not in ("flora", "fedlrt", "pfedloru", "mfedloru")
 ]
 
 
