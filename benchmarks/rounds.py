@@ -118,7 +118,7 @@ def loss(
 ) -> jax.Array:
     """Cross entropy of the model that the shapes of its weights describe, for one image.
 
-    Kernels (out, in, k, k) are convolutions of the same size with ReLU and a pool of 2; matrices
+    Kernels (out, in, k, k) are convolutions of the same size with a pool of 2 and ReLU; matrices
     (out, in) are layers with ReLU in between. The smooth model has tanh and means instead.
     """
     activation, pool = (jnp.tanh, jnp.mean) if is_smooth else (jax.nn.relu, jnp.max)
@@ -126,9 +126,9 @@ def loss(
     for weight, bias in zip(params[::2], params[1::2], strict=True):
         if weight.ndim == 4:
             hidden = lax.conv_general_dilated(hidden[None], weight, (1, 1), "SAME")[0]
-            hidden = activation(hidden + bias[:, None, None])
             channels, height, width = hidden.shape
             hidden = pool(hidden.reshape(channels, height // 2, 2, width // 2, 2), (2, 4))
+            hidden = activation(hidden + bias[:, None, None])
         else:
             hidden = activation(hidden) if flat else hidden.ravel()
             hidden, flat = weight @ hidden + bias, True

@@ -37,6 +37,29 @@ CASES = {
     "groups of the batch": ((6, 2, 5, 4), (9, 2, 3, 2), (1, 2), "SAME", {"batch_group_count": 3}),
     "one offset": ((2, 3, 5, 4), (4, 3, 1, 1), (2, 1), "VALID", {}),
     "volume": ((2, 3, 4, 5, 3), (2, 3, 2, 3, 1), (1, 2, 1), "SAME", {}),
+    "shifted": ((2, 6, 5, 4), (2, 6, 3, 2), (1, 1), "SAME", {}),
+    "shifted, pads and dilations": (
+        (2, 6, 5, 4),
+        (1, 6, 3, 2),
+        (1, 2),
+        ((-1, 4), (1, -1)),
+        {"lhs_dilation": (2, 1), "rhs_dilation": (2, 1)},
+    ),
+    "shifted, second axis": ((2, 6, 5, 4), (1, 6, 3, 2), (2, 1), "VALID", {}),
+    "shifted, groups of channels": (
+        (2, 8, 5, 4),
+        (2, 4, 3, 2),
+        (1, 1),
+        "SAME",
+        {"feature_group_count": 2},
+    ),
+    "shifted, groups of the batch": (
+        (4, 6, 5, 4),
+        (2, 6, 3, 2),
+        (1, 1),
+        "SAME",
+        {"batch_group_count": 2},
+    ),
     "large kernel": ((2, 3, 9, 8), (4, 3, 9, 8), (2, 1), "SAME", {"rhs_dilation": (1, 2)}),
     "large kernel, groups": ((2, 4, 70), (2, 2, 67), (2,), ((0, 3),), {"feature_group_count": 2}),
 }
@@ -141,6 +164,25 @@ def test_it_is_that_sum_in_float32(name):
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_equal_those_of_the_library(name):
     check_equal(*compare(name))
+
+
+def test_both_ways_are_among_the_cases():
+    ways = {}
+    for name, (shape, kernel_shape, strides, padding, options) in CASES.items():
+        function = functools.partial(
+            convolution.conv, window_strides=strides, padding=padding, **options
+        )
+        ways[name] = "split[" in str(jax.make_jaxpr(function)(*arrays(shape, kernel_shape)))
+    shifted = {name for name, is_shifted in ways.items() if is_shifted}
+    assert shifted >= {name for name in CASES if name.startswith("shifted")}
+    assert shifted >= {"inputs dilated", "volume", "axes in any order", "pads, one negative"}
+    assert not shifted & {
+        "line",
+        "plane",
+        "one offset",
+        "groups of channels",
+        "large kernel, groups",
+    }
 
 
 @pytest.mark.parametrize("axes", [(None, 0), (0, 0), (1, 2), (0, None)])

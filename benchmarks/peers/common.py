@@ -138,7 +138,7 @@ def _descendants_cpu() -> float:
 def torch_model(task: Task) -> Any:
     """Build the PyTorch model that the shapes of the params describe, with their values.
 
-    Kernels are convolutions of the same size with an activation and a pool of 2, matrices are
+    Kernels are convolutions of the same size with a pool of 2 and an activation, matrices are
     layers with activations in between.
     """
     import torch  # pyright: ignore[reportMissingImports]
@@ -149,7 +149,7 @@ def torch_model(task: Task) -> Any:
     for weight in task.params[::2]:
         if weight.ndim == 4:
             out, into, side, _ = weight.shape
-            layers += [nn.Conv2d(into, out, side, padding=side // 2), activation(), pool(2)]
+            layers += [nn.Conv2d(into, out, side, padding=side // 2), pool(2), activation()]
         else:
             if not any(isinstance(layer, nn.Flatten) for layer in layers):
                 layers.append(nn.Flatten())

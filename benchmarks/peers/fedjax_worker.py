@@ -21,10 +21,9 @@ def logits(params, images, is_smooth):
     for weight, bias in zip(params[::2], params[1::2], strict=True):
         if weight.ndim == 4:
             hidden = lax.conv_general_dilated(hidden, weight, (1, 1), "SAME")
-            hidden = activation(hidden + bias[:, None, None])
             count, channels, height, width = hidden.shape
             shape = (count, channels, height // 2, 2, width // 2, 2)
-            hidden = pool(hidden.reshape(shape), (3, 5))
+            hidden = activation(pool(hidden.reshape(shape), (3, 5)) + bias[:, None, None])
         else:
             hidden = activation(hidden) if flat else hidden.reshape(len(hidden), -1)
             hidden, flat = hidden @ weight.T + bias, True
