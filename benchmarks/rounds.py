@@ -4,7 +4,8 @@ Peers do the same rounds, in turns with ours: the same clients, cohorts, order o
 initial parameters, 10 steps of plain SGD, and a mean with equal weights, float32, on the same two
 cores. Each peer runs in a process and an environment of its own, which the full size makes in the
 user's cache; one that cannot be installed is named as such. Start-up and compiling are left out:
-the first rounds do not count.
+the first rounds do not count. The first row is a device of JAX for each core with the cohort spread
+over them; the other rows of ours have one device, whose threads share every product.
 
 `difference` is the largest one of a parameter to those of a plain PyTorch loop after some rounds of
 the smooth model (tanh and means); `difference_timed` is that of the timed model. Where a value of
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from fedlr import convolution, federated, lowrank
@@ -77,6 +79,7 @@ PEERS: dict[str, tuple[str, ...]] = {  # what pip is told
     ),
 }
 REFERENCE = "pytorch"
+SPREAD = "fedlr, a device per core"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -346,6 +349,8 @@ def peers(size: str) -> Rows:
     setting = SETTINGS[size]
     count, cohort_size, samples = setting.clients, setting.cohort_size, setting.samples
     data = federation(count, setting.side, samples)
+    mesh = jax.make_mesh((jax.device_count(),), ("clients",), axis_types=(AxisType.Auto,))
+    everywhere = jax.device_put(data, NamedSharding(mesh, PartitionSpec()))
     models = {
         "mlp": (mlp(setting.side, setting.width), setting.mlp_rounds),
         "cnn": (cnn(setting.side), setting.cnn_rounds),
@@ -362,10 +367,13 @@ def peers(size: str) -> Rows:
         # The smooth rounds serve the comparison alone.
         for is_smooth in (True, False) if _has_reference(size) else (False,):
             form = functools.partial(loss, is_smooth=is_smooth)
-            parties = [
-                ours(name, averaging(samples // BATCH, chunk, form), params, data, cohort_size)
-                for name, chunk in {"fedlr": None, "fedlr, vmap": cohort_size}.items()
-            ]
+            parties = []
+            for name, chunk in {"fedlr": None, "fedlr, vmap": cohort_size}.items():
+                algorithm = averaging(samples // BATCH, chunk, form)
+                parties.append(ours(name, algorithm, params, data, cohort_size))
+            with jax.set_mesh(mesh):
+                algorithm = averaging(samples // BATCH, None, form)
+                parties.insert(0, ours(SPREAD, algorithm, params, everywhere, cohort_size))
             with tempfile.TemporaryDirectory() as folder:
                 task = Path(folder) / "task.npz"
                 np.savez(task, cohorts=cohorts, orders=orders, is_smooth=is_smooth, **arrays)
@@ -590,6 +598,8 @@ TABLES: dict[str, Callable[[str], Rows]] = {
 
 def run(size: str, only: Sequence[str] | None = None) -> Rows:
     """Run all tables at "small" or "full" size, or those named, and return their rows."""
-    if size == "full" and hasattr(os, "sched_setaffinity"):  # before JAX sizes its thread pool
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-NUM_CORES:])
+    if size == "full":  # before JAX sizes its thread pool and makes its devices
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-NUM_CORES:])
+        jax.config.update("jax_num_cpu_devices", NUM_CORES)
     return [row for name in only or TABLES for row in TABLES[name](size)]

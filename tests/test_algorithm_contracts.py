@@ -42,6 +42,7 @@ from fedlr.federated import (
     clients,
     compressors,
     coupling,
+    execution,
     local,
     protocol,
     ranks,
@@ -387,11 +388,11 @@ def advance(algorithm, state, data, cohort, *, key):
     return algorithm.round(state, data, cohort, key=key)
 
 
-@functools.partial(jax.jit, static_argnames="algorithm")
-def run(algorithm, params, data, *, key):
-    """Start and do two rounds with everyone."""
+@functools.partial(jax.jit, static_argnames=("algorithm", "cohort_size"))
+def run(algorithm, params, data, *, key, cohort_size=None):
+    """Start and do two rounds, with everyone if no size of the cohorts is given."""
     state = algorithm.init(params, data, key=jax.random.key(0))
-    return federated.run(algorithm, state, data, num_rounds=2, key=key)
+    return federated.run(algorithm, state, data, num_rounds=2, cohort_size=cohort_size, key=key)
 
 
 class Setting(NamedTuple):
@@ -599,7 +600,33 @@ def compare_sharded_with_unsharded():
             found = run(case.build(chunk_size), params, sharded, key=key)
             assert_same_run(case, found, expected)
         print(f"{name} is the same")
+    check_cohorts_in_a_mesh(mesh, data, sharded)
     check_traffic_between_devices(sharded)
+
+
+def check_cohorts_in_a_mesh(mesh, data, sharded):
+    """Within a mesh sampled cohorts are spread as well, and every device does its part alone."""
+    key = jax.random.key(0)
+    for name, cohort_sizes in {"scaffold": (2, 3, None), "comp_jf": (None,)}.items():
+        case = CASES[name]
+        params = case.params(jnp.float32)
+        for cohort_size in cohort_sizes:
+            options = {"cohort_size": cohort_size, "key": key}
+            expected = run(case.build(None), params, data, **options)
+            for placed in (data, sharded):
+                with jax.set_mesh(mesh):
+                    found = run(case.build(None), params, placed, **options)
+                assert_same_run(case, found, expected)
+
+    def operations(chunk_size):
+        algorithm = CASES["fedavg"].build(chunk_size)
+        lowered = run.lower(algorithm, zeros(jnp.float32), data, cohort_size=NUM_CLIENTS, key=key)
+        return lowered.compile().cost_analysis()["flops"]
+
+    with jax.set_mesh(mesh):
+        assert execution.default_chunk_size() == NUM_CLIENTS
+        together = operations(None)
+    assert together < 1.1 * operations(1) < 0.6 * operations(NUM_CLIENTS)
 
 
 def check_traffic_between_devices(sharded):

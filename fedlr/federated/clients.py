@@ -311,7 +311,8 @@ def shard_clients(clients: PyTree, mesh: Mesh) -> PyTree:
     summation. The per-client part of a state (`FederatedState.clients`, and the params of
     algorithms with one model per client) can be spread in the same way. Every device works on its
     own clients if the round is mapped over chunks whose size is a multiple of the number of
-    devices (`fedlr.federated.execution`).
+    devices; within ``jax.set_mesh(mesh)`` that is the default, and sampled cohorts are spread too
+    (`fedlr.federated.execution`).
 
     Args:
         clients: Pytree whose leaves have a leading client axis.

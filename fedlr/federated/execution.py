@@ -7,6 +7,12 @@ Chunk number j of a cohort of M clients in B chunks holds the clients ``j, j + B
 With the client axis spread over devices in contiguous blocks, every chunk then has clients of
 every device, and no row has to move (chunk size a multiple of the number of devices). A fold then
 reduces over the devices once per chunk, so once per round if one chunk holds the whole cohort.
+
+Within ``jax.set_mesh(mesh)``, where the mesh has an axis "clients" of type Auto, any cohort is
+spread over it, a sampled one too, whose rows are gathered from wherever the clients lie. On CPU
+this is how to use all cores: XLA splits the small products of one client badly. With a device per
+core (``jax.config.update("jax_num_cpu_devices", 2)`` at the start) rounds of a perceptron on two
+cores took 16 ms instead of 24, of a convolutional network 280 instead of 310.
 """
 
 from collections.abc import Callable
@@ -15,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from fedlr import _checks
@@ -23,16 +30,18 @@ __all__ = ["default_chunk_size", "fold_clients", "map_clients"]
 
 
 def default_chunk_size() -> int:
-    """Return the chunk size used where the caller sets none: 1 on CPU, 64 on accelerators.
+    """Return the chunk size used where the caller sets none: per device 1 on CPU, 64 otherwise.
 
-    On CPU the scan over single clients was measured faster than vmap at every cohort size.
+    The devices are those along the axis "clients" of the mesh in `jax.set_mesh`, without one a
+    single one. On CPU the scan over single clients was measured faster than vmap at every cohort
+    size.
 
     Example:
         >>> from fedlr.federated import execution
         >>> execution.default_chunk_size() >= 1
         True
     """
-    return 1 if jax.default_backend() == "cpu" else 64
+    return _num_devices() * (1 if jax.default_backend() == "cpu" else 64)
 
 
 def map_clients(
@@ -129,6 +138,8 @@ def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
     if padding:
         weights = jax.tree.map(lambda leaf: _pad(leaf, padding, repeat=fold is None), args[0])
         args = (weights, *jax.tree.map(lambda leaf: _pad(leaf, padding, repeat=True), args[1:]))
+    if _num_devices() > 1 and chunk % _num_devices() == 0:
+        args = lax.with_sharding_constraint(args, PartitionSpec("clients"))
 
     def step(carry, rows):
         if chunk == 1:
@@ -158,6 +169,13 @@ def _map_chunks(name, function, args, chunk_size, *, fold=None, carry=None):
         outputs,
     )
     return carry, outputs
+
+
+def _num_devices():
+    """Return the number of devices that a cohort is spread over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape["clients"] if kinds.get("clients") == AxisType.Auto else 1
 
 
 def _pad(leaf, padding, *, repeat):
