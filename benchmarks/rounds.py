@@ -525,7 +525,7 @@ def convolutions(size: str) -> Rows:
     count, steps = (2, 2) if small else (10, setting.samples // BATCH)
     data = federation(count, setting.side, setting.samples)
     params = cnn(setting.side)
-    forms = {"library": loss, "by patches": convolution.by_patches(loss)}
+    forms = {"library": lambda batch_loss: batch_loss, "by patches": convolution.by_patches}
     compiled: dict[str, Any] = {
         f"{name}, {way}": jax.jit(functools.partial(plain_round, form, steps, way == "vmap"))
         .lower(params, data.inputs, data.targets)
@@ -561,9 +561,10 @@ def convolutions(size: str) -> Rows:
     return rows
 
 
-def plain_round(loss: Callable, steps: int, is_vmapped: bool, params, images, labels):
-    """Average the params of all clients after steps of plain SGD, without any of the toolkit."""
+def plain_round(form: Callable, steps: int, is_vmapped: bool, params, images, labels):
+    """Average the params of all clients after steps of plain SGD on a form of the batch's loss."""
 
+    @form
     def batch_loss(params, rows, targets):
         return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, rows, targets))
 

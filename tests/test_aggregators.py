@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import optax
 import pytest
 import scipy.stats
 
-from fedlr.federated import aggregators, compressors, protocol, rounds, servers
+from fedlr.federated import aggregators, clients, compressors, protocol, rounds, servers
 
 
 def double(message):
@@ -197,3 +198,61 @@ def test_robust_aggregators_take_part_in_a_round(rng):
 def test_impossible_fractions_are_refused(fraction):
     with pytest.raises(ValueError, match=rf"trimmed_mean: got fraction {fraction}, expected a fr"):
         aggregators.trimmed_mean(fraction)
+
+
+def test_the_weighted_sum_is_unbiased_over_all_cohorts_and_losses():
+    """Enumerated: every cohort of two of four, every way to lose members of it."""
+    updates = np.random.default_rng(2).normal(size=(4, 3))
+    counts, lost = np.array([5.0, 1.0, 2.0, 4.0]), np.array([0.0, 0.3, 0.5, 0.9])
+    mask = jnp.asarray(np.arange(5) < counts[:, None])
+    data = protocol.ClientData(jnp.zeros((4, 5)), jnp.zeros((4, 5)), mask)
+    weights = clients.horvitz_thompson(jnp.asarray(0.5 * (1 - lost)))(data)
+    means = {"sum": np.zeros(3), "mean": np.zeros(3)}
+    rules = {"sum": aggregators.weighted_sum(), "mean": aggregators.weighted_mean()}
+    for cohort in itertools.combinations(range(4), 2):
+        rows = np.array(cohort)
+        for here in itertools.product([False, True], repeat=2):
+            chance = np.prod(np.where(here, 1 - lost[rows], lost[rows])) / 6
+            # What has weight zero may hold anything.
+            messages = jnp.where(np.array(here)[:, None], updates[rows], jnp.nan)
+            for name, rule in rules.items():
+                own = weights[rows] if name == "sum" else counts[rows]
+                args = (messages, jnp.where(np.array(here), own, 0.0), ())
+                means[name] += chance * rule.aggregate(*args, decompress=lambda leaf: leaf)[0]
+    full = counts @ updates / counts.sum()
+    np.testing.assert_allclose(means["sum"], full, rtol=1e-12)
+    assert np.abs(means["mean"] - full).max() > 0.05
+
+
+def test_the_weighted_sum_takes_part_in_a_round():
+    targets = jnp.asarray(np.random.default_rng(3).normal(size=(4, 2, 3)))
+    mask = jnp.array([[True, True], [True, False], [True, True], [True, False]])
+    data = protocol.ClientData((), targets[:, :, 0], mask)
+
+    def local_update(params, state, data, *, key):
+        del key
+        return jnp.sum(data.targets) - params, state, {"loss": jnp.sum(params)}
+
+    algorithm = rounds.compose(
+        local_update,
+        compressor=compressors.identity(),
+        aggregator=aggregators.weighted_sum(),
+        server=servers.from_optax(optax.sgd(1.0)),
+        client_weights=clients.horvitz_thompson(0.5),
+    )
+    state = algorithm.init(jnp.zeros(()), data, key=jax.random.key(0))
+    state, infos = jax.jit(algorithm.round)(state, data, jnp.array([2, 1]), key=jax.random.key(1))
+    sums = np.sum(targets[:, :, 0], axis=1)
+    np.testing.assert_allclose(infos.weights, [2 / 3, 1 / 3])
+    np.testing.assert_allclose(state.params, 2 / 3 * sums[2] + 1 / 3 * sums[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("inclusion", [0, 1.5, -0.1, float("nan")])
+def test_impossible_inclusions_are_refused(inclusion):
+    with pytest.raises(ValueError, match=r"horvitz_thompson: got inclusion .* a number in \(0, 1"):
+        clients.horvitz_thompson(inclusion)
+
+
+def test_an_inclusion_per_client_is_needed():
+    with pytest.raises(ValueError, match=r"got inclusion of shape \(3,\), expected \(\) or \(2,\)"):
+        clients.horvitz_thompson(jnp.ones(3))(jnp.zeros((2, 3)))

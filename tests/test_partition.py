@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import distance
 
-from fedlr.federated import clients, partition
+from fedlr.federated import clients, partition, protocol
 
 LABELS = np.array([4, 9, 4, 7, 9, 4, 7, 4, 9, 4, 7])  # 5, 3 and 3 of three classes
 SIZES = {
@@ -541,3 +542,74 @@ def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     assert str(caught.value).startswith(message)
+
+
+def shift_clients(dtype=np.float32, **numbers):
+    """Shift two leaves of ten clients with 400 present examples each and 100 hidden ones."""
+    random = np.random.default_rng(1)
+    mask = np.arange(500) < np.full(10, 400)[:, None]
+    inputs = {"a": random.normal(size=(10, 500, 3)), "b": random.normal(size=(10, 500))}
+    inputs = {
+        name: np.where(mask[..., None] if leaf.ndim == 3 else mask, leaf, np.nan)
+        for name, leaf in inputs.items()
+    }
+    data = protocol.ClientData(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), inputs),
+        jnp.zeros((10, 500), jnp.int32),
+        jnp.asarray(mask),
+    )
+    return data, partition.feature_shift(data, seed=0, **numbers)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_client_sees_an_affine_map_of_its_own(dtype):
+    data, shifted = shift_clients(dtype, gain=0.5, offset=2.0)
+    maps = {}
+    for name, leaf in data.inputs.items():
+        assert shifted.inputs[name].dtype == dtype
+        assert np.isnan(shifted.inputs[name][:, 400:]).all()
+        x = np.asarray(leaf[:, :400], np.float64).reshape(10, -1)
+        y = np.asarray(shifted.inputs[name][:, :400], np.float64).reshape(10, -1)
+        lines = np.array([np.polyfit(*rows, 1) for rows in zip(x, y, strict=True)])
+        np.testing.assert_allclose(y, lines[:, :1] * x + lines[:, 1:], atol=1e-5)
+        maps[name] = lines
+    assert np.abs(np.diff(np.concatenate(list(maps.values()))[:, 0])).min() > 1e-3
+    both = np.concatenate(list(maps.values()))
+    # Within 3 standard deviations of the spread of 20 draws.
+    assert abs(np.std(both[:, 0]) / 0.5 - 1) < 3 / math.sqrt(2 * 20)
+    assert abs(np.std(both[:, 1]) / 2.0 - 1) < 3 / math.sqrt(2 * 20)
+    assert shifted.targets is data.targets
+    assert shifted.mask is data.mask
+
+
+def test_noise_grows_with_the_number_of_the_client():
+    data, shifted = shift_clients(np.float64, noise=0.3)
+    added = np.asarray(shifted.inputs["a"] - data.inputs["a"])[:, :400].reshape(10, -1)
+    expected = 0.3 * np.arange(1, 11) / 10
+    # Four standard deviations of the deviation of 1200 draws.
+    np.testing.assert_allclose(added.std(axis=1), expected, rtol=4 / math.sqrt(2 * 1200))
+
+
+def test_no_shift_changes_nothing_and_a_seed_repeats():
+    data, shifted = shift_clients()
+    jax.tree.map(np.testing.assert_array_equal, shifted.inputs, data.inputs)
+    first, again = (shift_clients(gain=1.0, noise=1.0)[1].inputs for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gain": -1.0}, "got gain -1.0, expected a non-negative number"),
+        ({"offset": math.nan}, "got offset nan, expected a non-negative number"),
+        ({"noise": math.inf}, "got noise inf, expected a finite number"),
+        ({"seed": -1}, "got seed -1, expected an integer"),
+        ({"inputs": jnp.zeros((2, 3), jnp.int32)}, "got inputs of dtype int32, expected float32"),
+        ({"inputs": jnp.zeros((2, 4))}, r"got inputs of shape \(2, 4\), expected leading axes"),
+    ],
+)
+def test_shifts_that_cannot_be_are_refused(changes, message):
+    inputs = changes.pop("inputs", jnp.zeros((2, 3)))
+    data = protocol.ClientData(inputs, jnp.zeros((2, 3)), jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match=f"feature_shift: {message}"):
+        partition.feature_shift(data, **{"seed": 0, **changes})

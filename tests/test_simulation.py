@@ -16,7 +16,7 @@ import pytest
 from fedlr import federated
 from fedlr.algorithms import fedavg, local_only
 from fedlr.federated import checkpoints, local, protocol, rounds, servers, stopping
-from fedlr.federated.rounds import recording
+from fedlr.federated.rounds import recording, simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,6 +179,47 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, whole, monkeypatch):
     assert read_log(tmp_path) == (header, lines[:4])
     assert_same(simulate(tmp_path), uninterrupted())
     assert read_log(tmp_path) == (header, lines)
+
+
+def test_donated_states_give_the_same_run_and_leave_the_start(tmp_path, whole):
+    algorithm, start, data = build()
+    before = jax.tree.map(np.array, start)
+    results = simulate(
+        tmp_path, algorithm=algorithm, start=start, data=data, donate=True, segment_rounds=2
+    )
+    assert_same(results, uninterrupted())
+    assert_same(start, before)
+    assert read_log(tmp_path) == read_log(whole)
+
+
+def test_a_donated_state_is_written_over():
+    algorithm, start, data = average()
+    args = (algorithm, start, (RULE.init(), start), data, jax.random.key(7), np.int32(2))
+    options = {"cohort_size": 2, "stop": RULE, "length": 2}
+    reused = [
+        function.lower(*args, **options).compile().memory_analysis().alias_size_in_bytes
+        for function in (simulation._segment, simulation._donating_segment)
+    ]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(args[1:3]))
+    assert reused == [0, size]
+
+
+def test_an_interrupt_within_a_donating_segment_leaves_the_checkpoints(tmp_path, monkeypatch):
+    function, counted = simulation._donating_segment, []
+
+    def interrupted(*args, **options):
+        counted.append(1)
+        results = function(*args, **options)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation, "_donating_segment", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            simulate(tmp_path, donate=True)
+    assert steps(tmp_path) == [0, 4]
+    assert_same(simulate(tmp_path), uninterrupted())
 
 
 def start_process(folder, before=""):

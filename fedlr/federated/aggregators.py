@@ -4,6 +4,7 @@ An aggregator receives the *messages* and `decompress`, so that averaging the fa
 messages by mistake cannot be written.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,13 @@ from jaxtyping import Array, Float, Int
 from fedlr import _checks, curvature, lowrank
 from fedlr.federated import protocol
 
-__all__ = ["coordinate_median", "measured_factor_mean", "trimmed_mean", "weighted_mean"]
+__all__ = [
+    "coordinate_median",
+    "measured_factor_mean",
+    "trimmed_mean",
+    "weighted_mean",
+    "weighted_sum",
+]
 
 
 def weighted_mean() -> protocol.Aggregator:
@@ -40,22 +47,12 @@ def weighted_mean() -> protocol.Aggregator:
         McMahan et al. 2017, arXiv 1602.05629, Algorithm 1.
     """
 
-    def init(params):
-        del params
-        return ()
-
     def fold_init(update):
         return jax.tree.map(jnp.zeros_like, update), jnp.zeros((), jnp.result_type(float))
 
     def add(carry, messages, weights, *, decompress):
         sums, total = carry
-        updates = jax.vmap(decompress)(messages)
-
-        def accumulate(partial, leaf):
-            scale = weights.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
-            return partial + jnp.sum(jnp.where(scale != 0, scale * leaf, 0.0), axis=0)
-
-        sums = jax.tree.map(accumulate, sums, updates)
+        sums = _add_weighted(sums, messages, weights, decompress=decompress)
         return sums, total + jnp.sum(weights, dtype=total.dtype)
 
     def finish(carry):
@@ -63,14 +60,57 @@ def weighted_mean() -> protocol.Aggregator:
         share = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
         return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), sums)
 
-    def aggregate(messages, weights, state, *, decompress):
-        first = jax.tree.map(lambda leaf: leaf[0], messages)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(decompress, first)
-        )
-        return finish(add(fold_init(zeros), messages, weights, decompress=decompress)), state
+    return _folding(protocol.Fold(fold_init, add, finish))
 
-    return protocol.Aggregator(init, aggregate, protocol.Fold(fold_init, add, finish))
+
+def weighted_sum() -> protocol.Aggregator:
+    """Build the weighted sum of the decompressed updates, whatever the weights sum to.
+
+        update = sum_k w_k d_k
+
+    With the weights of `clients.horvitz_thompson` it is an unbiased estimate of the mean over all
+    clients, where `weighted_mean`, which divides by the weights of those that came, is a ratio
+    estimate: of smaller variance, and biased. It folds, and messages of weight zero are ignored
+    whatever they hold.
+
+    Returns:
+        An aggregator without state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import aggregators
+        >>> messages, weights = jnp.array([[1.0], [4.0]]), jnp.array([2.0, 1.0])
+        >>> aggregators.weighted_sum().aggregate(messages, weights, (), decompress=lambda m: m)[0]
+        Array([6.], dtype=float32)
+
+    Reference:
+        Horvitz and Thompson 1952, J. Am. Stat. Assoc. 47, 663.
+    """
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return _folding(protocol.Fold(zeros, _add_weighted, lambda sums: sums))
+
+
+def _add_weighted(sums, messages, weights, *, decompress):
+    """Add the weighted updates of a chunk; what has weight zero may hold anything."""
+    updates = jax.vmap(decompress)(messages)
+
+    def accumulate(partial, leaf):
+        scale = _like_rows(weights, leaf).astype(leaf.dtype)
+        return partial + jnp.sum(jnp.where(scale != 0, scale * leaf, 0.0), axis=0)
+
+    return jax.tree.map(accumulate, sums, updates)
+
+
+def _folding(fold: protocol.Fold) -> protocol.Aggregator:
+    """Build an aggregator without state from the way it folds."""
+
+    def aggregate(messages, weights, state, *, decompress):
+        first = jax.eval_shape(decompress, jax.tree.map(lambda leaf: leaf[0], messages))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        carry = fold.add(fold.init(zeros), messages, weights, decompress=decompress)
+        return fold.finish(carry), state
+
+    return protocol.Aggregator(lambda _: (), aggregate, fold)
 
 
 def measured_factor_mean() -> protocol.Aggregator:

@@ -4,6 +4,7 @@ Whatever belongs to the clients is one pytree whose leaves have a leading client
 the only one that is ever sharded.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ __all__ = [
     "check_cohort",
     "check_everyone",
     "check_ranks",
+    "horvitz_thompson",
     "is_everyone",
     "num_clients",
     "num_examples",
@@ -142,6 +144,53 @@ def num_examples(clients: PyTree) -> Float[Array, " clients"]:
     dtype = jnp.result_type(clients.targets)
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else default
     return jnp.sum(mask, axis=tuple(range(1, jnp.ndim(mask))), dtype=dtype)
+
+
+def horvitz_thompson(
+    inclusion: Float[Array, " clients"] | float,
+) -> Callable[[PyTree], Float[Array, " clients"]]:
+    """Build weights by which a sum over a drawn cohort estimates the mean over all clients.
+
+        w_k = n_k / (pi_k sum_j n_j),   the sum over all clients
+
+    With `aggregators.weighted_sum` the expected update is that of a round with everyone, whichever
+    clients are drawn and lost, as long as pi_k is right and nobody has pi_k = 0.
+
+    Args:
+        inclusion: pi_k, the probability that the message of a client is among those of a round,
+            in (0, 1], one number or one per client; traced. ``M / K`` for a cohort of M of K
+            clients, times ``1 - p_k`` where `availability.dropout` loses them with p_k.
+
+    Returns:
+        `(clients) -> weights`, shape (clients,), for `rounds.compose`; n_k are `num_examples`.
+
+    Raises:
+        ValueError: If a concrete number is outside (0, 1]; while tracing, if there is not one for
+            every client.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import clients, protocol
+        >>> mask = jnp.array([[True, True, False], [True, True, False]])
+        >>> data = protocol.ClientData(jnp.zeros((2, 3, 5)), jnp.zeros((2, 3)), mask)
+        >>> clients.horvitz_thompson(0.5)(data)
+        Array([1., 1.], dtype=float32)
+
+    Reference:
+        Horvitz and Thompson 1952, J. Am. Stat. Assoc. 47, 663.
+    """
+    if isinstance(inclusion, (int, float)) and not 0 < inclusion <= 1:
+        raise _checks.fail("horvitz_thompson", f"inclusion {inclusion}", "a number in (0, 1]")
+
+    def weights(clients):
+        counts = num_examples(clients)
+        chance = jnp.asarray(inclusion, counts.dtype)
+        if chance.shape not in ((), counts.shape):
+            got = f"inclusion of shape {chance.shape}"
+            raise _checks.fail("horvitz_thompson", got, f"() or {counts.shape}")
+        return counts / (chance * jnp.sum(counts))
+
+    return weights
 
 
 def check_cohort(function: str, cohort: Int[Array, " cohort"], count: int) -> None:

@@ -16,6 +16,7 @@ from fedlr.federated.partition.diagnostics import (
     label_histograms,
     size_gini,
 )
+from fedlr.federated.partition.features import feature_shift
 from fedlr.federated.partition.labels import dirichlet, dirichlet_clients, pathological, shards
 from fedlr.federated.partition.sizes import (
     Sizes,
@@ -36,6 +37,7 @@ __all__ = [
     "dirichlet_clients",
     "dirichlet_sizes",
     "effective_classes",
+    "feature_shift",
     "iid",
     "label_divergence",
     "label_histograms",

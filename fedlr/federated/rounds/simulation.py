@@ -49,6 +49,7 @@ def simulate(
     progress: bool = True,
     evaluate: Evaluation | None = None,
     output: recording.Output | None = None,
+    donate: bool = False,
 ) -> tuple[protocol.FederatedState, protocol.RoundInfo]:
     """Run rounds with progress bar, log, checkpoints and early stopping: the driver a person uses.
 
@@ -56,8 +57,8 @@ def simulate(
     go on from the returned state, compiles nothing. The numbers are those of `run` for the same
     key.
 
-    An interrupt (Ctrl-C) after the first segment loses nothing: a warning says how many rounds are
-    done, and their state and records are returned.
+    An interrupt (Ctrl-C) after the first segment loses nothing, unless the states are donated: a
+    warning says how many rounds are done, and their state and records are returned.
 
     With `output`, a folder gets a log (``log.jsonl``, see `rounds.recording`) and checkpoints. The
     same call again, after an interrupt, a crash or a kill at any moment, goes on from the last good
@@ -81,6 +82,10 @@ def simulate(
         progress: Show a progress bar.
         evaluate: Evaluation of the state in every so many rounds.
         output: Folder for the log and the checkpoints of this run.
+        donate: Let every segment write its state over the one it started from, so that one state
+            is in memory instead of two, which counts where clients keep a state each. The state
+            that was given stays as it is: the run begins with a copy. An interrupt within a segment
+            is then raised, and only what `output` has saved is left.
 
     Returns:
         The last state, and the records of the rounds done (the stopping one included) as NumPy
@@ -159,6 +164,10 @@ def simulate(
             run = recording.Run(output, *about, like, first, every)
             run, reached = recording.begin(run, reached, num_rounds)
     begun = done = recording.num_done(reached)
+    segment_of = _donating_segment if donate else _segment
+    if donate:  # the params of the start may be those of the kept state too
+        state, memory = jax.tree.map(jnp.copy, (reached.state, reached.memory))
+        reached = reached._replace(state=state, memory=memory)
     with tqdm.tqdm(total=num_rounds, initial=done, unit="round", disable=not progress) as bar:
         try:
             while done < num_rounds and not reached.stopped:
@@ -170,7 +179,7 @@ def simulate(
                     limit = min(limit, evaluate.every - (first + done) % evaluate.every)
                     values = _look(evaluate, first + done, reached.state)
                 start = time.perf_counter()
-                segment = _segment(
+                segment = segment_of(
                     algorithm,
                     reached.state,
                     reached.memory,
@@ -203,7 +212,7 @@ def simulate(
                         recording.save(run, reached)
         except KeyboardInterrupt:
             done = recording.num_done(reached)
-            if done == begun:
+            if done == begun or _is_lost(reached.state):
                 raise
             if run is not None:
                 recording.rewrite_log(run, reached)
@@ -217,8 +226,13 @@ def _first(infos: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[:count], infos)
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "cohort_size", "stop", "length"))
-def _segment(algorithm, state, memory, clients, key, limit, *, cohort_size, stop, length):
+def _is_lost(tree: PyTree) -> bool:
+    """Say whether an array was donated to a segment that did not return."""
+    leaves = jax.tree.leaves(tree)
+    return any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
+
+
+def _do_segment(algorithm, state, memory, clients, key, limit, *, cohort_size, stop, length):
     """Do at most `limit` rounds, fewer if the rule fires; `length` is the room for records."""
     step = functools.partial(_step, algorithm, cohort_size=cohort_size, stop=stop)
     shapes = jax.eval_shape(step, state, memory, clients, key)[2]
@@ -236,6 +250,13 @@ def _segment(algorithm, state, memory, clients, key, limit, *, cohort_size, stop
 
     carry = (state, memory, infos, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     return lax.while_loop(unfinished, body, carry)
+
+
+_STATIC = ("algorithm", "cohort_size", "stop", "length")
+_segment = jax.jit(_do_segment, static_argnames=_STATIC)
+_donating_segment = jax.jit(
+    _do_segment, static_argnames=_STATIC, donate_argnames=("state", "memory")
+)
 
 
 # Its own jit, so that neither the shapes of the records nor the fingerprint cost a second trace.
