@@ -458,7 +458,7 @@ def cohorts(size: str) -> Rows:
                 row = {"table": "cohorts", "model": model, "plan": plan_name, "clients": count}
                 analysis: Any = step.memory_analysis()
                 row["temporary_mb"] = analysis.temp_size_in_bytes / 1e6
-                repeats = max(2, 200 // count) if model == "mlp" else 1
+                repeats = max(6, 400 // count) if model == "mlp" else 1
                 if small or model == "mlp" or (chunk == 1 and count <= 100):
                     call = timing.bind(step, state, data)
                     seconds = timing.measure({"round": call}, repeats=repeats)["round"]
