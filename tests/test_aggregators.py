@@ -247,10 +247,17 @@ def test_the_weighted_sum_takes_part_in_a_round():
     np.testing.assert_allclose(state.params, 2 / 3 * sums[2] + 1 / 3 * sums[1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("inclusion", [0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize(
+    "inclusion", [0, 1.5, -0.1, float("nan"), np.float32(2), jnp.array([0.5, 0.0])]
+)
 def test_impossible_inclusions_are_refused(inclusion):
-    with pytest.raises(ValueError, match=r"horvitz_thompson: got inclusion .* a number in \(0, 1"):
+    with pytest.raises(ValueError, match=r"horvitz_thompson: got inclusion .* numbers in \(0, 1\]"):
         clients.horvitz_thompson(inclusion)
+
+
+def test_without_examples_all_weights_are_zero():
+    nobody = protocol.ClientData((), jnp.zeros((2, 3)), jnp.zeros((2, 3), bool))
+    np.testing.assert_array_equal(clients.horvitz_thompson(0.5)(nobody), [0, 0])
 
 
 def test_an_inclusion_per_client_is_needed():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +47,10 @@ from fedlr.federated import (
     local,
     protocol,
     ranks,
+    rounds,
     servers,
 )
+from fedlr.federated.rounds import simulation
 
 NUM_CLIENTS = 4
 DATA_SHAPES = {"samples": 5, "features": (3, 2)}
@@ -601,13 +604,14 @@ def compare_sharded_with_unsharded():
             assert_same_run(case, found, expected)
         print(f"{name} is the same")
     check_cohorts_in_a_mesh(mesh, data, sharded)
+    check_runs_in_a_mesh(mesh, data)
     check_traffic_between_devices(sharded)
 
 
 def check_cohorts_in_a_mesh(mesh, data, sharded):
     """Within a mesh sampled cohorts are spread as well, and every device does its part alone."""
     key = jax.random.key(0)
-    for name, cohort_sizes in {"scaffold": (2, 3, None), "comp_jf": (None,)}.items():
+    for name, cohort_sizes in {"scaffold": (1, 3, None), "comp_jf": (None,)}.items():
         case = CASES[name]
         params = case.params(jnp.float32)
         for cohort_size in cohort_sizes:
@@ -617,16 +621,61 @@ def check_cohorts_in_a_mesh(mesh, data, sharded):
                 with jax.set_mesh(mesh):
                     found = run(case.build(None), params, placed, **options)
                 assert_same_run(case, found, expected)
+    twice = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 2 * leaf]), data._replace(mask=()))
+    twice = twice._replace(mask=jnp.concatenate([data.mask, data.mask]))
+    case = CASES["fedavg_top_k"]
+    for cohort_size in (5, 8):  # of eight clients on four devices
+        options = {"cohort_size": cohort_size, "key": key}
+        expected = run(case.build(1), zeros(jnp.float32), twice, **options)
+        with jax.set_mesh(mesh):
+            found = run(case.build(3), zeros(jnp.float32), twice, **options)
+        assert_same_run(case, found, expected)
 
-    def operations(chunk_size):
+    def operations(chunk_size, cohort_size):
         algorithm = CASES["fedavg"].build(chunk_size)
-        lowered = run.lower(algorithm, zeros(jnp.float32), data, cohort_size=NUM_CLIENTS, key=key)
+        lowered = run.lower(algorithm, zeros(jnp.float32), data, cohort_size=cohort_size, key=key)
         return lowered.compile().cost_analysis()["flops"]
 
+    alone = operations(1, NUM_CLIENTS)
+    assert alone < 0.6 * operations(NUM_CLIENTS, NUM_CLIENTS)
     with jax.set_mesh(mesh):
         assert execution.default_chunk_size() == NUM_CLIENTS
-        together = operations(None)
-    assert together < 1.1 * operations(1) < 0.6 * operations(NUM_CLIENTS)
+        for chunk_size, cohort_size in ((None, NUM_CLIENTS), (None, 3), (3, NUM_CLIENTS)):
+            assert operations(chunk_size, cohort_size) < 1.1 * alone
+
+
+def check_runs_in_a_mesh(mesh, data):
+    """A run in a mesh compiles once, goes on bit by bit, and elsewhere with a warning."""
+    case = CASES["scaffold"]
+    algorithm = case.build(None)
+    start = algorithm.init(case.params(jnp.float32), data, key=jax.random.key(0))
+
+    def simulate(folder, num_rounds, **options):
+        output = rounds.Output(folder, checkpoint_every=2)
+        return federated.simulate(
+            algorithm,
+            start,
+            data,
+            num_rounds=num_rounds,
+            cohort_size=3,
+            key=jax.random.key(1),
+            segment_rounds=2,
+            progress=False,
+            output=output,
+            **options,
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.set_mesh(mesh):
+            before = simulation._segment._cache_size()
+            whole = simulate(f"{folder}/whole", 6)
+            assert simulation._segment._cache_size() == before + 1
+            simulate(f"{folder}/pieces", 4)
+            assert_equal(simulate(f"{folder}/pieces", 6), whole)
+            assert_equal(simulate(f"{folder}/donated", 6, donate=True), whole)
+            simulate(f"{folder}/moved", 4)
+        with pytest.warns(UserWarning, match="was written by .* may differ from that of an"):
+            assert_same_run(case, simulate(f"{folder}/moved", 6), whole)
 
 
 def check_traffic_between_devices(sharded):

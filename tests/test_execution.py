@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from fedlr.federated import execution
 
@@ -76,3 +77,18 @@ def test_wrong_chunks_and_lengths_are_refused():
 
 def test_default_chunk_is_one_client_on_cpu():
     assert execution.default_chunk_size() == (1 if jax.default_backend() == "cpu" else 64)
+
+
+def test_a_mesh_without_clients_changes_nothing_and_an_explicit_one_is_refused(cohort):
+    x, _, _ = cohort
+    for names in ("seeds",), ("clients",):
+        mesh = jax.make_mesh((1,), names, axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            found = execution.map_clients(jnp.sin, x, chunk_size=2)
+        np.testing.assert_array_equal(found, execution.map_clients(jnp.sin, x, chunk_size=2))
+    explicit = jax.make_mesh((1,), ("clients",), axis_types=(AxisType.Explicit,))
+    with (
+        jax.set_mesh(explicit),
+        pytest.raises(ValueError, match='got a mesh with an axis "clients" of type Explicit'),
+    ):
+        execution.map_clients(jnp.sin, x)

@@ -17,7 +17,9 @@ FLOORS = {
     "_fourier": 1,
     "_joseph": 1,
     "_transpose": 1,
-    "convolution": 1,
+    "convolution.patches": 1,
+    "convolution.transform": 2,
+    "convolution": 2,
     "iteration": 1,
     "masking": 1,
     "multilinear": 1,
@@ -133,6 +135,7 @@ FLOORS = {
 PACKAGES = {
     "",
     "algorithms",
+    "convolution",
     "cp",
     "curvature",
     "datasets",

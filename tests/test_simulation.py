@@ -157,7 +157,8 @@ def test_a_crash_in_between_changes_nothing(part, calls, tmp_path, whole, monkey
     assert read_log(tmp_path) == read_log(whole)
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path, whole, monkeypatch):
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_interrupt_keeps_what_is_done(donate, tmp_path, whole, monkeypatch):
     function, counted = recording.log, []
 
     def interrupted(run, progress):
@@ -172,7 +173,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recording, "log", interrupted)
         with pytest.warns(UserWarning, match="simulate: interrupted after 4 rounds"):
-            state, infos = simulate(tmp_path)
+            state, infos = simulate(tmp_path, donate=donate)
     assert state.round == len(infos.losses) == 4
     assert steps(tmp_path) == [0, 4]
     header, lines = read_log(whole)
@@ -441,6 +442,7 @@ def test_the_log_says_what_ran_and_what_every_round_did(whole):
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "mesh": {},
         "num_clients": 4,
         "cohort_size": 2,
     }

@@ -162,10 +162,11 @@ def horvitz_thompson(
             clients, times ``1 - p_k`` where `availability.dropout` loses them with p_k.
 
     Returns:
-        `(clients) -> weights`, shape (clients,), for `rounds.compose`; n_k are `num_examples`.
+        `(clients) -> weights`, shape (clients,), for `rounds.compose`; n_k are `num_examples`. All
+        zero if there is no example.
 
     Raises:
-        ValueError: If a concrete number is outside (0, 1]; while tracing, if there is not one for
+        ValueError: If a concrete number is outside (0, 1]; when called, if there is not one for
             every client.
 
     Example:
@@ -179,8 +180,10 @@ def horvitz_thompson(
     Reference:
         Horvitz and Thompson 1952, J. Am. Stat. Assoc. 47, 663.
     """
-    if isinstance(inclusion, (int, float)) and not 0 < inclusion <= 1:
-        raise _checks.fail("horvitz_thompson", f"inclusion {inclusion}", "a number in (0, 1]")
+    if not isinstance(inclusion, core.Tracer):
+        chances = np.asarray(inclusion)
+        if not np.all((chances > 0) & (chances <= 1)):
+            raise _checks.fail("horvitz_thompson", f"inclusion {inclusion}", "numbers in (0, 1]")
 
     def weights(clients):
         counts = num_examples(clients)
@@ -188,7 +191,8 @@ def horvitz_thompson(
         if chance.shape not in ((), counts.shape):
             got = f"inclusion of shape {chance.shape}"
             raise _checks.fail("horvitz_thompson", got, f"() or {counts.shape}")
-        return counts / (chance * jnp.sum(counts))
+        total = jnp.sum(counts)
+        return counts / (chance * jnp.where(total > 0, total, 1))
 
     return weights
 

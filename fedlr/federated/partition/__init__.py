@@ -2,6 +2,7 @@
 
 Host functions in NumPy, for use before anything is traced. Every partition is disjoint and
 complete: each example belongs to exactly one client. A set for the test is held out before.
+`feature_shift` then lets clients see their inputs differently.
 
 Shares are rounded to whole examples by largest remainders, so that no example is lost; clients
 below a minimum size get examples from the largest ones, where drawing again until all are large

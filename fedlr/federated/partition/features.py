@@ -53,8 +53,9 @@ def feature_shift(
                [1.1 , 1.1 , 1.1 ]], dtype=float32)
 
     Reference:
-        Li et al. 2022, arXiv 2102.02079, noise-based feature imbalance: noise that grows with the
-        number of the client. Gain and offset are an affine map per client, as of two scanners.
+        Li et al. 2022, arXiv 2102.02079, noise-based feature imbalance; there, as recalled, it is
+        the variance that grows with the number of the client, here the standard deviation. Gain and
+        offset are an affine map per client, as of two scanners.
     """
     for name, value in {"gain": gain, "offset": offset, "noise": noise}.items():
         _checks.check_non_negative("feature_shift", name, value)
@@ -66,8 +67,8 @@ def feature_shift(
     _checks.check_mask("feature_shift", clients.mask, jnp.shape(clients.targets)[: mask.ndim])
 
     def shift(leaf: Array) -> Array:
+        _checks.check_floating("feature_shift", inputs=jnp.asarray(leaf))
         values = np.asarray(leaf)
-        _checks.check_floating("feature_shift", inputs=values)
         if values.shape[: mask.ndim] != mask.shape:
             got = f"inputs of shape {values.shape}"
             raise _checks.fail("feature_shift", got, f"leading axes {mask.shape}")

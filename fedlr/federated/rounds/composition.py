@@ -144,9 +144,9 @@ def compose(
             got = f"state of {clients_.num_clients(state.clients)} clients"
             raise _checks.fail("round", got, f"state of {count} clients")
         (size,) = jnp.shape(cohort)
-        chunk = execution.default_chunk_size() if chunk_size is None else chunk_size
+        chunk = execution.chunk_length(size, chunk_size)
         # With everyone in order no row is gathered, so on sharded clients none has to move.
-        direct = clients_.is_everyone(cohort, count) and size % min(chunk, size) == 0
+        direct = clients_.is_everyone(cohort, count) and size % chunk == 0
         client_key, server_key, arrival_key = jax.random.split(key, 3)
         expected = state.params if server.expects is None else server.expects(state.params)
 

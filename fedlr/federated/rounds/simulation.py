@@ -82,10 +82,10 @@ def simulate(
         progress: Show a progress bar.
         evaluate: Evaluation of the state in every so many rounds.
         output: Folder for the log and the checkpoints of this run.
-        donate: Let every segment write its state over the one it started from, so that one state
-            is in memory instead of two, which counts where clients keep a state each. The state
-            that was given stays as it is: the run begins with a copy. An interrupt within a segment
-            is then raised, and only what `output` has saved is left.
+        donate: Let every segment write its state over the one it started from, so that besides the
+            start one state is in memory instead of two, which counts where clients keep a state
+            each. The start stays as it is: the run begins with a copy. An interrupt within a
+            segment is then raised, and only what `output` has saved is left.
 
     Returns:
         The last state, and the records of the rounds done (the stopping one included) as NumPy
@@ -165,7 +165,9 @@ def simulate(
             run, reached = recording.begin(run, reached, num_rounds)
     begun = done = recording.num_done(reached)
     segment_of = _donating_segment if donate else _segment
-    if donate:  # the params of the start may be those of the kept state too
+    # A copy is neither the start, which is not ours to donate, nor the same array in state and
+    # memory; in a mesh it lies where the states of later segments will: nothing compiles twice.
+    if donate or jax.sharding.get_abstract_mesh().axis_names:
         state, memory = jax.tree.map(jnp.copy, (reached.state, reached.memory))
         reached = reached._replace(state=state, memory=memory)
     with tqdm.tqdm(total=num_rounds, initial=done, unit="round", disable=not progress) as bar:
@@ -344,6 +346,7 @@ def _identify(
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(jax.sharding.get_abstract_mesh().shape),
     }
     count, size = clients_.num_clients(clients), options["cohort_size"]
     sizes = {"num_clients": count, "cohort_size": count if size is None else int(size)}

@@ -8,6 +8,7 @@ from fedlr import _checks, noise
 from fedlr.federated import protocol
 
 __all__ = [
+    "check_levels",
     "edge_noise_levels",
     "noise_thresholds",
     "noisy_maximum_thresholds",
@@ -147,8 +148,32 @@ def edge_noise_levels(
     return jnp.where(jnp.any(seen, axis=tuple(range(1, seen.ndim))), levels, 0.0)
 
 
-def check_levels(function, noise_levels, measurements):
-    """Return both as arrays, after a check that they fit."""
+def check_levels(
+    function: str,
+    noise_levels: Float[Array, " clients"],
+    measurements: Float[Array, " clients"],
+) -> tuple[Float[Array, " clients"], Float[Array, " clients"]]:
+    """Refuse noise levels that do not fit the measurements, or are negative.
+
+    Args:
+        function: Name that the messages of errors begin with.
+        noise_levels: Standard deviations, shape (clients,).
+        measurements: Numbers of measurements, shape (clients,).
+
+    Returns:
+        Both as arrays.
+
+    Raises:
+        ValueError: If the shapes are not equal or a noise level is negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated.stopping import levels
+        >>> levels.check_levels("rule", jnp.array([-1.0]), jnp.array([16.0]))
+        Traceback (most recent call last):
+        ...
+        ValueError: rule: got noise_levels [-1.], expected a non-negative number
+    """
     noise_levels, measurements = jnp.asarray(noise_levels), jnp.asarray(measurements)
     _checks.check_shape(function, "measurements", measurements, noise_levels.shape)
     _checks.check_non_negative(function, "noise_levels", noise_levels)

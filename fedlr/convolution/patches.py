@@ -1,4 +1,4 @@
-"""Convolution by patches and a matrix product, for loops on CPU.
+"""A convolution by patches and a matrix product.
 
 Inside a loop (scan, while_loop, fori_loop), XLA on CPU runs a convolution many times slower than
 outside, and vmap over kernels makes it a grouped convolution, slower still. `conv` lays the windows
@@ -22,31 +22,29 @@ windows where that copies less: a product gives every entry times every offset, 
 summed. Other forms were slower in the scan: a gather of the windows, a product per row or offset of
 the kernel; `lax.conv_general_dilated_patches` is itself a convolution. A loss of one example under
 vmap is slower than one of the batch. The price is memory: the windows are up to as many times
-larger than the inputs as the kernel has offsets, and reverse mode keeps them.
+larger than the inputs as the kernel has offsets, and reverse mode keeps them; where offsets go to
+the features, the product is larger than the output as many times as there are such offsets.
+
+Pools are left as they are. A maximum by `lax.reduce_window` has a slow gradient on CPU, in loops
+and outside: a step of a network of two convolutions with pools of 2 took 8.0 ms, and 4.6 ms with
+the maximum over two axes of ``x.reshape(..., height // 2, 2, width // 2, 2)``.
 """
 
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
-from jax.extend.core import primitives
 from jaxtyping import Array, Float
 
 from fedlr import _checks
 
-__all__ = ["by_patches", "conv", "for_loops"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["conv"]
 
 # Every offset of the kernel is one slice in the program. For larger kernels one gather per axis is
 # used, which runs slower, but compiles in a time that does not grow with the kernel.
@@ -131,7 +129,7 @@ def conv(
     groups = (feature_group_count, batch_group_count)
     _check_groups(x.shape, w.shape, *groups)
     lengths, sizes = x.shape[2:], w.shape[:-2]
-    spans = [(size - 1) * dilation + 1 for size, dilation in zip(sizes, dilations, strict=True)]
+    spans = list(map(_span, sizes, dilations))
     pads = _pads(padding, lengths, spans, strides, interior)
     axes = list(map(_Axis, lengths, sizes, strides, dilations, pads, interior))
     counts = [axis.count for axis in axes]
@@ -145,81 +143,6 @@ def conv(
         y = _sum_products(x, w, axes, groups, product)
     batch, channels, *space = numbers.out_spec
     return jnp.moveaxis(y, range(y.ndim), (channels, batch, *space))
-
-
-def by_patches(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the same values in which `conv` does every convolution.
-
-    The function is traced to a jaxpr and every `jax.lax.conv_general_dilated` of float32 or float64
-    in it replaced, however deep: under jit, vmap, grad, scan, while_loop, cond, checkpoint, and in
-    the modules of a library such as equinox. The result works under all transformations that the
-    function works under. A function with custom derivatives keeps its rule, and convolutions in
-    the rule are replaced as well. A `jax.shard_map` inside the function is left as it is; inside of
-    it, `by_patches` works.
-
-    As under jit, the function must not branch on the values of its arrays. Arguments and results
-    may be any pytrees; what is no array is passed on as it is. A function without convolutions
-    is called itself, after it was traced once to see that.
-
-    Args:
-        function: Any function of arrays.
-
-    Returns:
-        The function by patches, with the same signature.
-
-    Example:
-        >>> import equinox as eqx
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from fedlr import convolution
-        >>> layer = eqx.nn.Conv2d(1, 2, kernel_size=3, key=jax.random.key(0))
-        >>> patched = convolution.by_patches(layer)
-        >>> image = jnp.ones((1, 5, 5))
-        >>> "conv_general_dilated" in str(jax.make_jaxpr(layer)(image))
-        True
-        >>> "conv_general_dilated" in str(jax.make_jaxpr(patched)(image))
-        False
-        >>> bool(jnp.allclose(patched(image), layer(image), atol=1e-6))
-        True
-    """
-
-    @functools.wraps(function, updated=())
-    def patched(*args: P.args, **kwargs: P.kwargs) -> R:
-        jaxpr, shapes, others = eqx.filter_make_jaxpr(function)(*args, **kwargs)
-        if not _has_convolution(jaxpr):
-            return function(*args, **kwargs)
-        arrays = jax.tree.leaves(eqx.filter((args, kwargs), eqx.is_array))
-        results = [_as_array(result) for result in _evaluate(jaxpr, *arrays)]
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), results), others)
-
-    return patched
-
-
-def for_loops(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `by_patches` of a function where JAX computes on CPU, and the function elsewhere.
-
-    Which of them it is shows when the result is called, by `jax.default_backend`.
-
-    Args:
-        function: Any function of arrays that is called inside a loop, e.g. a loss.
-
-    Returns:
-        A function of the same values, with the same signature.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from fedlr import convolution
-        >>> smooth = convolution.for_loops(lambda x: jnp.convolve(x, jnp.ones(2), mode="valid"))
-        >>> smooth(jnp.array([1.0, 2.0, 4.0]))
-        Array([3., 6.], dtype=float32)
-    """
-    patched = by_patches(function)
-
-    @functools.wraps(function, updated=())
-    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (patched if jax.default_backend() == "cpu" else function)(*args, **kwargs)
-
-    return chosen
 
 
 class _Axis(NamedTuple):
@@ -240,8 +163,13 @@ class _Axis(NamedTuple):
     @property
     def count(self) -> int:
         """Places of the kernel."""
-        span = (self.size - 1) * self.dilation + 1
-        return max(0, (self.extent + sum(self.pad) - span) // self.stride + 1)
+        free = self.extent + sum(self.pad) - _span(self.size, self.dilation)
+        return max(0, free // self.stride + 1)
+
+
+def _span(size, dilation):
+    """Return the entries from the first to the last one that a dilated kernel meets."""
+    return (size - 1) * dilation + 1
 
 
 def _sum_products(x, w, axes, groups, product):
@@ -253,13 +181,14 @@ def _sum_products(x, w, axes, groups, product):
     *_, channels, features = w.shape
     num_groups = math.prod(groups)
     w = w.reshape(*w.shape[:-1], num_groups, features // num_groups)
-    shifted = _choose_shifted(axes, channels, features // num_groups)
-    if shifted is None:
+    place = _choose_shifted(axes, channels, features // num_groups)
+    if place is None:
         y = _multiply(_windows(x, axes), w, groups, product)
     else:
-        place, axis = shifted, axes[shifted]
+        axis = axes[place]
         w = jnp.moveaxis(w, place, -2)
-        inner = [*axes[:place], _Axis(axis.length, 1, 1, 1, (0, 0), 1), *axes[place + 1 :]]
+        alone = axis._replace(size=1, stride=1, dilation=1, pad=(0, 0), interior=1)
+        inner = [*axes[:place], alone, *axes[place + 1 :]]
         y = _multiply(_windows(x, inner), w.reshape(*w.shape[:-2], -1), groups, product)
         zero = lax.full_like(y, 0, shape=())
         pieces = []
@@ -387,102 +316,3 @@ def _check_groups(shape, kernel_shape, feature_groups, batch_groups):
         raise _checks.fail("conv", got, f"a multiple of {feature_groups * batch_groups} groups")
     if batch % batch_groups:
         raise _checks.fail("conv", f"a batch of {batch}", f"a multiple of {batch_groups} groups")
-
-
-def _evaluate(closed, *args):
-    """Evaluate a closed jaxpr with its convolutions done by `conv`."""
-    values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(closed.jaxpr.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in closed.jaxpr.eqns:
-        with equation.ctx.manager:
-            results = _replacement(equation)(*map(read, equation.invars))
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in closed.jaxpr.outvars]
-
-
-def _as_array(result):
-    """Return the result of a jaxpr as an array, which a constant in it need not be."""
-    is_array = isinstance(result, jax.Array) or jnp.result_type(result) == jax.dtypes.float0
-    return result if is_array else jnp.asarray(result)
-
-
-def _replacement(equation):
-    """Return a function from the inputs of an equation to a list of its results, by patches."""
-    if _is_convolution(equation):
-        params = {name: value for name, value in equation.params.items() if name != "out_sharding"}
-        return lambda *inputs: [conv(*inputs, **params)]
-    # The body of a shard_map can be traced only inside of its mesh.
-    if equation.primitive.name == "shard_map" or not _has_convolution(equation.params):
-        return functools.partial(_bind, equation, equation.params)
-    if equation.primitive is primitives.custom_jvp_call_p:
-        return _with_jvp_rule(equation)
-    if equation.primitive is primitives.custom_vjp_call_p:
-        return _with_vjp_rule(equation)
-    return functools.partial(_bind, equation, _rewrite(equation.params))
-
-
-def _bind(equation, params, *inputs):
-    """Return the results of an equation for other inputs and parameters."""
-    primitive = equation.primitive
-    results = primitive.bind(*inputs, **primitive.get_bind_params(params))
-    return results if primitive.multiple_results else [results]
-
-
-def _with_jvp_rule(equation):
-    """Return the function of a custom_jvp call, with its rule, both by patches."""
-    original = functools.partial(_bind, equation, equation.params)
-    patched = jax.custom_jvp(functools.partial(_evaluate, equation.params["call_jaxpr"]))
-
-    @patched.defjvp
-    def _(primals, tangents):
-        return by_patches(functools.partial(jax.jvp, original))(primals, tangents)
-
-    return patched
-
-
-def _with_vjp_rule(equation):
-    """Return the function of a custom_vjp call, with its rule, both by patches."""
-    original = functools.partial(_bind, equation, equation.params)
-    patched = jax.custom_vjp(functools.partial(_evaluate, equation.params["call_jaxpr"]))
-    forward = by_patches(functools.partial(jax.vjp, original))
-    patched.defvjp(forward, lambda pullback, cotangents: by_patches(pullback)(cotangents))
-    return patched
-
-
-def _rewrite(item):
-    """Return the parameters of an equation with all jaxprs among them by patches."""
-    if isinstance(item, dict):
-        return {name: _rewrite(value) for name, value in item.items()}
-    if isinstance(item, tuple):
-        values = map(_rewrite, item)
-        return type(item)(*values) if hasattr(item, "_fields") else tuple(values)
-    if not isinstance(item, (core.Jaxpr, core.ClosedJaxpr)) or not _has_convolution(item):
-        return item
-    closed = item if isinstance(item, core.ClosedJaxpr) else core.ClosedJaxpr(item, ())
-    avals = [variable.aval for variable in closed.jaxpr.invars]
-    rewritten = jax.make_jaxpr(functools.partial(_evaluate, closed))(*avals)
-    return rewritten if isinstance(item, core.ClosedJaxpr) else rewritten.jaxpr
-
-
-def _has_convolution(item):
-    """Say whether a jaxpr, or any among the parameters of an equation, has a convolution."""
-    if isinstance(item, dict):
-        return any(map(_has_convolution, item.values()))
-    if isinstance(item, tuple):
-        return any(map(_has_convolution, item))
-    if not isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):
-        return False
-    return any(_is_convolution(each) or _has_convolution(each.params) for each in item.eqns)
-
-
-def _is_convolution(equation):
-    """Say whether an equation is a convolution that `conv` can do."""
-    if equation.primitive is not primitives.conv_general_dilated_p:
-        return False
-    aval = equation.invars[0].aval
-    is_known = aval.dtype in (jnp.float32, jnp.float64) and aval.ndim > 2
-    return is_known and equation.params.get("out_sharding") is None
