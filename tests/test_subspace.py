@@ -140,8 +140,10 @@ def test_blocked_gram_matrix_is_the_plain_product(rows, rng):
     matrix = rng.standard_normal((rows, 2 * subspace._BLOCK_COLUMNS + 37))
     expected = matrix @ matrix.T
     found = subspace._blocked_gram(jnp.asarray(matrix), jnp.float64)
-    np.testing.assert_allclose(found, expected, atol=1e-13 * np.abs(expected).max())
-    assert np.array_equal(found, found.T)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=1e-13 * largest)
+    # The blocks on the diagonal are symmetric only up to rounding, from jaxlib 0.12 on.
+    np.testing.assert_allclose(found, found.T, rtol=0, atol=1e-15 * largest)
     left = np.linalg.svd(matrix, full_matrices=False)[0][:, :3]
     basis = subspace.gram()(jnp.asarray(matrix), 3, mode=0)
     np.testing.assert_allclose(projector(basis), projector(left), atol=1e-10)
