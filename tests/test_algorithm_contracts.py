@@ -599,7 +599,8 @@ def compare_sharded_with_unsharded():
     for name, case in CASES.items():
         params = case.params(jnp.float32)
         expected = run(case.build(1), params, data, key=key)
-        for chunk_size in (1, NUM_CLIENTS):
+        # One after the other is slow on sharded clients, and the same program but for that.
+        for chunk_size in (1, NUM_CLIENTS) if name in ("fedavg", "firm") else (NUM_CLIENTS,):
             found = run(case.build(chunk_size), params, sharded, key=key)
             assert_same_run(case, found, expected)
         print(f"{name} is the same")
