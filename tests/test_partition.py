@@ -605,7 +605,7 @@ def test_no_shift_changes_nothing_and_a_seed_repeats():
         ({"noise": math.inf}, "got noise inf, expected a finite number"),
         ({"seed": -1}, "got seed -1, expected an integer"),
         ({"inputs": jnp.zeros((2, 3), jnp.int32)}, "got inputs of dtype int32, expected float32"),
-        ({"inputs": jnp.zeros((2, 4))}, r"got inputs of shape \(2, 4\), expected leading axes"),
+        ({"inputs": jnp.zeros((2, 4))}, r"got mask of shape \(2, 3\), expected shape \(2, 4\)"),
     ],
 )
 def test_shifts_that_cannot_be_are_refused(changes, message):

@@ -203,7 +203,7 @@ def _sum_products(x, w, axes, groups, product):
         return y
     # Backwards, every cotangent of y is read once per offset. XLA would fuse what makes it into
     # these reads and compute it anew for each, but does not fuse across a gather, here the
-    # identity. Measured on whole networks: 1.05 to 1.2 times faster, at worst 1.02 times slower.
+    # identity. Measured on seven networks: 1.04 to 1.2 times faster.
     order = lax.iota(jnp.int32, features)
     return _take(y, order, 0, unique_indices=True, indices_are_sorted=True)
 

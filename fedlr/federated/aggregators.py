@@ -17,11 +17,43 @@ from fedlr.federated import protocol
 
 __all__ = [
     "coordinate_median",
+    "from_fold",
     "measured_factor_mean",
     "trimmed_mean",
     "weighted_mean",
     "weighted_sum",
 ]
+
+
+def from_fold(fold: protocol.Fold) -> protocol.Aggregator:
+    """Build a linear aggregator without state from the way it sums messages as they come.
+
+    Args:
+        fold: How it begins, adds and ends.
+
+    Returns:
+        The aggregator, which also aggregates a whole stack of messages at once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedlr.federated import aggregators, protocol
+        >>> count = protocol.Fold(
+        ...     jnp.zeros_like,
+        ...     lambda total, messages, weights, *, decompress: total + jnp.sum(weights),
+        ...     lambda total: total,
+        ... )
+        >>> counted = aggregators.from_fold(count)
+        >>> counted.aggregate(jnp.ones(3), jnp.ones(3), (), decompress=lambda message: message)[0]
+        Array(3., dtype=float32)
+    """
+
+    def aggregate(messages, weights, state, *, decompress):
+        first = jax.eval_shape(decompress, jax.tree.map(lambda leaf: leaf[0], messages))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        carry = fold.add(fold.init(zeros), messages, weights, decompress=decompress)
+        return fold.finish(carry), state
+
+    return protocol.Aggregator(lambda _: (), aggregate, fold)
 
 
 def weighted_mean() -> protocol.Aggregator:
@@ -60,7 +92,7 @@ def weighted_mean() -> protocol.Aggregator:
         share = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
         return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), sums)
 
-    return _folding(protocol.Fold(fold_init, add, finish))
+    return from_fold(protocol.Fold(fold_init, add, finish))
 
 
 def weighted_sum() -> protocol.Aggregator:
@@ -87,7 +119,7 @@ def weighted_sum() -> protocol.Aggregator:
         Horvitz and Thompson 1952, J. Am. Stat. Assoc. 47, 663.
     """
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return _folding(protocol.Fold(zeros, _add_weighted, lambda sums: sums))
+    return from_fold(protocol.Fold(zeros, _add_weighted, lambda sums: sums))
 
 
 def _add_weighted(sums, messages, weights, *, decompress):
@@ -99,18 +131,6 @@ def _add_weighted(sums, messages, weights, *, decompress):
         return partial + jnp.sum(jnp.where(scale != 0, scale * leaf, 0.0), axis=0)
 
     return jax.tree.map(accumulate, sums, updates)
-
-
-def _folding(fold: protocol.Fold) -> protocol.Aggregator:
-    """Build an aggregator without state from the way it folds."""
-
-    def aggregate(messages, weights, state, *, decompress):
-        first = jax.eval_shape(decompress, jax.tree.map(lambda leaf: leaf[0], messages))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-        carry = fold.add(fold.init(zeros), messages, weights, decompress=decompress)
-        return fold.finish(carry), state
-
-    return protocol.Aggregator(lambda _: (), aggregate, fold)
 
 
 def measured_factor_mean() -> protocol.Aggregator:

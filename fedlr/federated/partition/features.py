@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fedlr import _checks
+from fedlr import _checks, masking
 from fedlr.federated import clients as clients_
 from fedlr.federated import protocol
 from fedlr.federated.partition import _assignment
@@ -63,21 +63,16 @@ def feature_shift(
             raise _checks.fail("feature_shift", f"{name} {value}", "a finite number")
     random = _assignment.generator("feature_shift", seed)
     count = clients_.num_clients(clients)
-    mask = np.asarray(clients.mask)
-    _checks.check_mask("feature_shift", clients.mask, jnp.shape(clients.targets)[: mask.ndim])
 
     def shift(leaf: Array) -> Array:
         _checks.check_floating("feature_shift", inputs=jnp.asarray(leaf))
         values = np.asarray(leaf)
-        if values.shape[: mask.ndim] != mask.shape:
-            got = f"inputs of shape {values.shape}"
-            raise _checks.fail("feature_shift", got, f"leading axes {mask.shape}")
+        present = masking.spread(clients.mask, values.shape, function="feature_shift")
         column = (count, *[1] * (values.ndim - 1))
         gains, offsets = random.standard_normal((2, *column))
         level = noise * np.arange(1, count + 1).reshape(column) / count
         moved = (1 + gain * gains) * values + offset * offsets
         moved += level * random.standard_normal(values.shape)
-        present = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
         return jnp.asarray(np.where(present, moved.astype(values.dtype), values))
 
     return clients._replace(inputs=jax.tree.map(shift, clients.inputs))

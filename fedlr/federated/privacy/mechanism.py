@@ -28,8 +28,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from fedlr import _checks
+from fedlr.federated import aggregators, protocol, servers
 from fedlr.federated import clients as clients_
-from fedlr.federated import protocol, servers
 from fedlr.federated.privacy import _numbers
 
 __all__ = ["ClippedSum", "Mechanism", "clip", "gaussian_mechanism"]
@@ -204,13 +204,7 @@ def _clipped_sum(max_norm: float | Float[Array, ""]) -> protocol.Aggregator:
 
         return jax.tree.map(accumulate, sums, updates)
 
-    def aggregate(messages, weights, state, *, decompress):
-        first = jax.eval_shape(decompress, jax.tree.map(lambda leaf: leaf[0], messages))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-        return ClippedSum(add(zeros, messages, weights, decompress=decompress)), state
-
-    fold = protocol.Fold(fold_init, add, ClippedSum)
-    return protocol.Aggregator(lambda _: (), aggregate, fold)
+    return aggregators.from_fold(protocol.Fold(fold_init, add, ClippedSum))
 
 
 def _noisy_server(
